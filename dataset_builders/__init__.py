@@ -1,0 +1,1 @@
+"""One corpus per file. Open them with `hf_csm.load_corpus`."""

@@ -1,0 +1,1 @@
+"""From raw corpora to batches: rows, conversations, codes, mixture, layout."""

@@ -1,0 +1,1 @@
+"""Free-running generation and, later, the measures of expressivity."""

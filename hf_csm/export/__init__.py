@@ -1,0 +1,1 @@
+"""From a training checkpoint to files that moshi's own loader and server read."""

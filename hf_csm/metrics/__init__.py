@@ -1,0 +1,1 @@
+"""`evaluate` modules, one file each. None yet."""

@@ -1,0 +1,1 @@
+"""Our own server. Not yet: adapters are served by `python -m moshi.server`."""
