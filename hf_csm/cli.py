@@ -1,0 +1,170 @@
+"""`hf-csm <verb>`: the functions that the recipes call, from the command line.
+
+Everything heavy is imported inside its verb, so that `hf-csm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hf_csm import __version__
+from hf_csm.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    return run_command(lambda: options.run(options), debug=options.debug)
+
+
+def run_command(command: Callable[[], object], *, debug: bool = False) -> int:
+    """Run a command; what a user can mend is printed in two lines, without a traceback, and gives status 1.
+
+    Args:
+        debug: let the traceback through.
+    """
+    try:
+        command()
+    except KeyboardInterrupt:
+        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = explain(error)
+        if debug or message is None:
+            raise
+        print(f"error: {message[0]}\n       {message[1]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def explain(error: Exception) -> tuple[str, str] | None:
+    """Return what is wrong and what to do about it, a line each; None for what no user can mend."""
+    if isinstance(error, UserError):
+        return error.problem, error.remedy
+    code = error.errno if isinstance(error, OSError) else None
+    where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+        return f"The disk is full{where}.", "Free some space and run the same command again: it goes on."
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"Not allowed to write or read{where}: {os.strerror(code)}.", "Give a folder that you may write to."
+    if isinstance(error, OSError) and where:
+        return f"{error.strerror or error}{where}.", "Check that path."
+    return None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of every verb."""
+    parser = argparse.ArgumentParser(
+        prog="hf-csm",
+        description="Teach Moshi to speak with emotion. Train with: accelerate launch recipes/train.py --config YAML",
+    )
+    parser.add_argument("--version", action="version", version=f"hf-csm {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def add_verb(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=help, description=help)
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        verb.set_defaults(run=run)
+        return verb
+
+    prepare = add_verb("prepare", _prepare, "Turn a raw corpus into labelled, aligned 24 kHz utterances (Parquet).")
+    prepare.add_argument("corpus", help="name of a corpus, such as ravdess")
+    prepare.add_argument(
+        "--raw", nargs="+", help="folder, zip files or URLs of the corpus (default: download it from its home)"
+    )
+    prepare.add_argument("--out", type=Path, required=True, help="folder to write")
+    prepare.add_argument("--num-workers", type=int, help="processes (default: one per core)")
+    prepare.add_argument("--align-model", help="CTC model (Hub id or folder) for word times instead of energy")
+    prepare.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+
+    encode = add_verb("encode", _encode, "Compose conversations from utterances and encode them with the base's Mimi.")
+    encode.add_argument("prepared", type=Path, help="folder that `hf-csm prepare` wrote")
+    encode.add_argument("--out", type=Path, required=True, help="folder to write")
+    encode.add_argument("--base-model", required=True, help="Hub id or folder of the base model")
+    encode.add_argument("--revision", help="branch, tag or commit of the base model")
+    encode.add_argument("--variants", type=int, default=1, help="sets of conversations from the clips (default: 1)")
+    encode.add_argument("--duration-sec", type=float, default=80.0, help="longest conversation (default: 80)")
+    encode.add_argument(
+        "--lead-in-s", type=float, nargs=2, default=(1.0, 2.0), metavar=("MIN", "MAX"),
+        help="seconds of quiet before the first turn (default: 1 2)",
+    )  # fmt: skip
+    encode.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
+    encode.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    encode.add_argument(
+        "--batch-sec", type=float, help="most seconds of audio at once (default: 160 on a GPU, 40 on a CPU)"
+    )
+
+    export = add_verb("export", _export, "Turn a checkpoint into a folder that PEFT and moshi's own server load.")
+    export.add_argument("checkpoint", type=Path, help="a run's checkpoint, such as checkpoints/run/checkpoint_000500")
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
+    export.add_argument("--merged", action="store_true", help="write whole merged weights instead of the adapter")
+
+    add_verb("doctor", _doctor, "Show versions, GPU and disk, what is missing and how to get it.")
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from hf_csm.data.prepare import prepare
+
+    report = prepare(
+        options.corpus,
+        options.raw,
+        options.out,
+        num_workers=options.num_workers,
+        align_model=options.align_model,
+        overwrite=options.overwrite,
+    )
+    print(report.render())
+
+
+def _encode(options: argparse.Namespace) -> None:
+    import torch
+
+    from hf_csm.data.conversation import Composition
+    from hf_csm.data.encode import encode
+    from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_mimi
+
+    if options.variants < 1:
+        raise UserError(f"--variants is {options.variants}.", "Give a whole number of at least 1.")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    base = find_checkpoint(options.base_model, options.revision)
+    report = encode(
+        options.prepared,
+        options.out,
+        load_mimi(base, device),
+        codec_sha256(base),
+        composition=Composition(
+            duration_s=options.duration_sec, lead_in_s=tuple(options.lead_in_s), seed=options.seed
+        ),
+        variants=options.variants,
+        batch_s=options.batch_sec,
+    )
+    print(report.render())
+
+
+def _export(options: argparse.Namespace) -> None:
+    from hf_csm.export.native import export_checkpoint
+
+    folder = export_checkpoint(options.checkpoint, options.out, merged=options.merged)
+    print(f"{folder} loads through moshi and agrees with the checkpoint. Serve it with:")
+    weights = "" if options.merged else f" --lora-weight {folder / 'lora.safetensors'}"
+    print(f"python -m moshi.server --config-path {folder / 'config.json'}{weights}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from hf_csm.doctor import examine
+
+    report, is_well = examine()
+    print(report)
+    if not is_well:
+        raise UserError("Something that is needed is missing.", "Mend the lines marked with ! above.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""Every option of a training run, once. The YAML file gives defaults, the command line overrides them.
+
+The text under a field is its `--help`. The fine-tuning guide's keys (`moshi_paths`, `dataset`, `lora`, `training`,
+`optimizer`, `scheduler`, `advanced`) are valid as they stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional, get_type_hints
+
+import yaml
+
+from hf_csm.errors import UserError
+
+
+# `Optional[...]` and not `... | None`: jsonargparse resolves these annotations at run time on Python 3.10 too.
+# ruff: noqa: UP045
+
+
+@dataclass
+class MoshiPaths:
+    """The base model."""
+
+    hf_repo_id: str = "kyutai/moshiko-pytorch-bf16"
+    """Hub repository, or local folder in the same layout, of the base model, its Mimi codec and its tokenizer."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of the Hub repository; null for its main branch."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the frozen base weights. Adapter weights are float32 in either case."""
+
+
+@dataclass
+class Source:
+    """One table of codes in the mixture."""
+
+    path: str
+    """Folder that `hf-csm encode` wrote."""
+    weight: float = 1.0
+    """Factor on the probability of drawing from this table, before balancing."""
+
+    def __post_init__(self) -> None:
+        _at_least("dataset.sources.weight", self.weight, 0.0, above=True)
+
+
+@dataclass
+class Balance:
+    """How often each (corpus, emotion) cell is drawn: `weight * seconds ** temperature`, normalised."""
+
+    temperature: float = 0.5
+    """1 draws emotions as recorded, 0 draws them equally often."""
+    max_repeats: float = 4.0
+    """Most passes over a small cell while the whole mixture is passed once; what it gives up goes to the others."""
+
+    def __post_init__(self) -> None:
+        _at_least("dataset.balance.temperature", self.temperature, 0.0)
+        _at_least("dataset.balance.max_repeats", self.max_repeats, 1.0)
+
+
+@dataclass
+class DatasetConfig:
+    """What the model hears and how it is told which emotion to speak with."""
+
+    manifest_path: Optional[str] = None
+    """Folder of codes to train on, as `hf-csm encode` wrote it. Short for one entry of `sources`."""
+    val_manifest_path: Optional[str] = None
+    """Folder of codes whose validation split is evaluated; null for the validation splits of the training tables."""
+    sources: list[Source] = field(default_factory=list)
+    """Tables of codes with their weights, to train on several at once."""
+    duration_sec: float = 80.0
+    """Longest window in seconds. Longer conversations are cut at this length, with a warning."""
+    batch_size: int = 8
+    """A micro-batch holds up to `batch_size * duration_sec` seconds of audio, padding included."""
+    batch_by_length: bool = True
+    """Put windows of like length together; false takes `batch_size` windows as they are drawn."""
+    balance: Balance = field(default_factory=Balance)
+    """Weights of the cells."""
+    emotions: Optional[list[str]] = None
+    """Train on these emotions only; null for all. With `control: none` this gives one adapter per emotion."""
+    control: Literal["prefix", "none"] = "prefix"
+    """`prefix` names the emotion in the first frames of the text stream; `none` does not."""
+    prefix_template: str = "({emotion})"
+    """Text of the prefix."""
+    prefix_dropout: float = 0.1
+    """Share of the training windows without prefix, so that guidance is possible later."""
+
+    def __post_init__(self) -> None:
+        _at_least("dataset.duration_sec", self.duration_sec, 0.0, above=True)
+        _at_least("dataset.batch_size", self.batch_size, 1)
+        if not 0.0 <= self.prefix_dropout <= 1.0:
+            raise UserError(f"dataset.prefix_dropout is {self.prefix_dropout}.", "Give a share from 0 to 1.")
+        if "{emotion}" not in self.prefix_template:
+            raise UserError(
+                f"dataset.prefix_template is {self.prefix_template!r}.", "Put {emotion} where the emotion's name goes."
+            )
+        if self.manifest_path and self.sources:
+            raise UserError(
+                "dataset.manifest_path and dataset.sources are both given.",
+                "Move the manifest_path into dataset.sources as one more `path:`.",
+            )
+
+    def training_sources(self) -> list[Source]:
+        """Return the tables to train on, from whichever of the two options names them."""
+        if self.manifest_path:
+            return [Source(self.manifest_path)]
+        if not self.sources:
+            raise UserError(
+                "The run names no training data.",
+                "Set dataset.manifest_path (or dataset.sources) to a folder that `hf-csm encode` wrote.",
+            )
+        return self.sources
+
+
+@dataclass
+class LoraSettings:
+    """The adapter."""
+
+    enable: bool = True
+    """Only adapters are trained: false is an error."""
+    rank: int = 128
+    """Rank of every adapter matrix pair."""
+    alpha: float = 256.0
+    """The update is scaled by `alpha / rank`."""
+    scaling: Optional[float] = None
+    """The same scale said directly, as moshi does. Must equal `alpha / rank` if given."""
+    dropout: float = 0.0
+    """Dropout on the input of the adapters."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Modules to adapt in the temporal and the depth transformer, by their common or by moshi's own names, or
+    `all-linear` for every linear layer, heads included."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1)
+        if not self.enable:
+            raise UserError("lora.enable is false.", "Set it to true: training the whole base model is not supported.")
+        if self.scaling is not None and abs(self.scaling - self.alpha / self.rank) > 1e-6:
+            raise UserError(
+                f"lora.scaling is {self.scaling:g}, but lora.alpha / lora.rank is {self.alpha / self.rank:g}.",
+                "Leave lora.scaling out, or make the three agree.",
+            )
+
+
+@dataclass
+class LossConfig:
+    """Weight of each token in the loss; the sum is divided by the weights of the whole optimizer step."""
+
+    text_weight: float = 17.0
+    """Weight of a text token. 17 gives text as much of a frame's loss as the audio with the weights below."""
+    text_padding_weight: float = 0.5
+    """Factor on that weight where the target is text padding."""
+    first_codebook_weight: float = 10.0
+    """Weight of codebook 0, the semantic one."""
+    other_codebooks_weight: float = 1.0
+    """Weight of each other codebook, where timbre and prosody live."""
+
+
+@dataclass
+class TrainingConfig:
+    """Length of the run and what happens along the way."""
+
+    max_steps: int = 3000
+    """Optimizer steps."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of each process in an optimizer step."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep, besides the one with the lowest evaluation loss; 0 keeps all."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation split; 0 for none."""
+    eval_windows: int = 64
+    """Most validation windows in an evaluation, all processes together."""
+    log_every: int = 1
+    """Steps between lines in metrics.jsonl and the trackers."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics also go: tensorboard, wandb, trackio."""
+
+    def __post_init__(self) -> None:
+        _at_least("training.max_steps", self.max_steps, 1)
+        _at_least("training.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        _at_least("training.save_every", self.save_every, 1)
+        _at_least("training.log_every", self.log_every, 1)
+        _at_least("training.eval_every", self.eval_every, 0)
+        unknown = sorted(set(self.trackers) - {"tensorboard", "wandb", "trackio"})
+        if unknown:
+            raise UserError(
+                f"training.trackers has {unknown[0]!r}.", "Choose from tensorboard, wandb, trackio, or give []."
+            )
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW in float32."""
+    lr: float = 4e-6
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on the adapter weights."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the gradient's first and second moment."""
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer.lr", self.lr, 0.0, above=True)
+
+
+@dataclass
+class SchedulerConfig:
+    """Learning rate over the run: linear warm-up, then half a cosine."""
+
+    num_warmup_steps: int = 100
+    """Steps from 0 to the peak."""
+    min_lr_ratio: float = 0.0
+    """Share of the peak that is left at the last step."""
+
+
+@dataclass
+class AdvancedConfig:
+    """Memory against speed."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+
+
+@dataclass
+class RunConfig:
+    """A training run."""
+
+    run_dir: str = "checkpoints/expressive"
+    """Folder of the run: config.yaml, metrics.jsonl, logs/ and the checkpoints."""
+    seed: int = 0
+    """Seed of the adapter's first weights, the order of the data and dropout."""
+    resume_from_checkpoint: Optional[str] = None
+    """Checkpoint to go on from; `latest` for the newest in run_dir, or a fresh start if there is none."""
+    moshi_paths: MoshiPaths = field(default_factory=MoshiPaths)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    advanced: AdvancedConfig = field(default_factory=AdvancedConfig)
+
+
+def parse_run_config(argv: list[str] | None = None, prog: str | None = None) -> RunConfig:
+    """Read a run's options from the command line and the YAML file it names with `--config`.
+
+    Raises:
+        UserError: an option or key that does not exist (with the nearest one that does), or a value of a wrong type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description="Train a LoRA adapter on Moshi.")
+    parser.add_argument("--config", action="config", help="YAML file with defaults for the options below.")
+    parser.add_class_arguments(RunConfig, None)
+
+    argv = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    for position, argument in enumerate(argv):
+        name, _, value = argument.removeprefix("--").removesuffix("+").partition("=")
+        if name == "config" and argument.startswith("--"):
+            _check_yaml(Path(value or next(iter(argv[position + 1 :]), "")))
+        elif argument.startswith("--") and name != "help" and not name.endswith(".help"):
+            _check_key(name, "the command line")
+    try:
+        options = vars(parser.instantiate(parser.parse_args(argv)))
+    except ArgumentError as error:
+        message = " ".join(str(error).split())
+        raise UserError(message, "Run with --help to see each option, its type and its default.") from error
+    del options["config"]
+    return RunConfig(**options)
+
+
+def dump_run_config(config: RunConfig) -> str:
+    """Return the whole configuration as YAML that `parse_run_config` reads back."""
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _with_underscores(argument: str) -> str:
+    """`--resume-from-checkpoint=a-b` names the option `--resume_from_checkpoint`."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _valid_keys(cls: type = RunConfig, prefix: str = "") -> dict[str, bool]:
+    """Map every dotted key to whether it holds further keys."""
+    keys: dict[str, bool] = {}
+    types = get_type_hints(cls)
+    for option in dataclasses.fields(cls):
+        name = prefix + option.name
+        keys[name] = dataclasses.is_dataclass(types[option.name])
+        if keys[name]:
+            keys |= _valid_keys(types[option.name], name + ".")
+    return keys
+
+
+def _check_key(name: str, where: str) -> None:
+    keys = _valid_keys()
+    if name in keys:
+        return
+    # A wrong group or a wrong last word: try the whole name first, then the last word anywhere.
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75) or [
+        key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
+    remedy = f"Did you mean {near[0]}?" if near else "Run with --help to see every option."
+    raise UserError(f"{where} has {name}, which is not an option.", remedy)
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration {str(path)!r} cannot be read: {error}.", "Check --config.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "Mend that line.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no options.", "Write `key: value` lines; see recipes/configs/.")
+    keys = _valid_keys()
+
+    def walk(node: dict, prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            _check_key(name, str(path))
+            if keys[name] and isinstance(value, dict):
+                walk(value, name + ".")
+
+    walk(tree, "")
+
+
+def _at_least(name: str, value: float, minimum: float, *, above: bool = False) -> None:
+    if value < minimum or (above and value == minimum):
+        raise UserError(f"{name} is {value}.", f"Give a number {'above' if above else 'of at least'} {minimum:g}.")

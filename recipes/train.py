@@ -1,0 +1,31 @@
+"""Train a LoRA adapter on Moshi.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/train.py \
+        --config recipes/configs/expressive_finetuning.yaml --lora.rank 64
+
+Every option of the YAML file can be given on the command line; `--help` lists them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from hf_csm.cli import run_command
+from hf_csm.config import parse_run_config
+
+
+def main(argv: list[str]) -> None:
+    """Parse the options and train."""
+    config = parse_run_config(argv)
+
+    # `--help` and a misspelt option answer at once: the heavy imports come after.
+    from hf_csm.export.native import consolidate
+    from hf_csm.training.loop import train
+
+    checkpoint = train(config, consolidate)
+    print(f"{checkpoint} is written. Turn it into a folder that serves: hf-csm export {checkpoint} --out DIR")
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(run_command(lambda: main(arguments), debug="--debug" in sys.argv))

@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import pytest
+
+from hf_csm.config import RunConfig, dump_run_config, parse_run_config
+from hf_csm.errors import UserError
+
+
+GUIDE = Path("recipes/configs/expressive_finetuning.yaml")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_yaml_is_valid(path):
+    assert isinstance(parse_run_config(["--config", str(path)]), RunConfig)
+
+
+def test_the_guide_yaml_holds_the_guides_values():
+    config = parse_run_config(["--config", str(ROOT / GUIDE)])
+    assert config.moshi_paths.hf_repo_id == "kyutai/moshiko-pytorch-bf16"
+    assert (config.lora.rank, config.lora.alpha) == (128, 256)
+    assert config.optimizer.lr == 4e-6
+    assert (config.dataset.duration_sec, config.dataset.batch_size) == (80, 8)
+    assert (config.training.max_steps, config.training.save_every, config.training.eval_every) == (3000, 500, 100)
+
+
+def test_the_guides_own_keys_are_valid(tmp_path):
+    text = """
+moshi_paths: {hf_repo_id: kyutai/moshiko-pytorch-bf16}
+dataset: {manifest_path: codes/a, val_manifest_path: codes/b, duration_sec: 80, batch_size: 8}
+lora: {enable: true, rank: 128, alpha: 256, scaling: 2.0, target_modules: [q_proj, v_proj]}
+training: {max_steps: 3000, save_every: 500, eval_every: 100}
+optimizer: {name: adamw, lr: 4e-6, weight_decay: 0.01}
+scheduler: {num_warmup_steps: 100}
+advanced: {gradient_checkpointing: true}
+"""
+    (tmp_path / "guide.yaml").write_text(text)
+    config = parse_run_config(["--config", str(tmp_path / "guide.yaml")])
+    assert config.dataset.val_manifest_path == "codes/b"
+    assert config.advanced.gradient_checkpointing is True
+    assert config.optimizer.lr == 4e-6
+
+
+def test_the_command_line_overrides_the_yaml():
+    config = parse_run_config(["--config", str(ROOT / GUIDE), "--lora.rank", "64", "--resume-from-checkpoint=latest"])
+    assert config.lora.rank == 64
+    assert config.lora.alpha == 256
+    assert config.resume_from_checkpoint == "latest"
+
+
+def test_dump_reads_back_the_same(tmp_path):
+    config = parse_run_config(["--dataset.sources", '[{"path": "a", "weight": 2}]', "--optimizer.betas", "[0.8, 0.9]"])
+    (tmp_path / "config.yaml").write_text(dump_run_config(config))
+    assert parse_run_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "named", "remedy"),
+    [
+        ("lora: {rnk: 8}", "lora.rnk", "lora.rank"),
+        ("traning: {max_steps: 8}", "traning", "training"),
+        ("rank: 8", "rank", "lora.rank"),
+        ("lora: {rank: eight}", "lora.rank", "--help"),
+        ("lora: {rank: 8, alpha: 16, scaling: 1.0}", "lora.scaling is 1", "agree"),
+        ("dataset: {sources: [{pth: a}]}", "pth", "--help"),
+        ("dataset: {control: loud}", "dataset.control", "--help"),
+        ("training: {max_steps: 0}", "training.max_steps is 0", "at least 1"),
+        ("training: {trackers: [mlflow]}", "mlflow", "tensorboard"),
+        ("dataset: {prefix_template: happy}", "'happy'", "{emotion}"),
+        ("lora: [", "not YAML", "line"),
+        ("just words", "no options", "key: value"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_remedy(tmp_path, yaml_text, named, remedy):
+    (tmp_path / "bad.yaml").write_text(yaml_text)
+    with pytest.raises(UserError) as caught:
+        parse_run_config(["--config", str(tmp_path / "bad.yaml")])
+    assert named in caught.value.problem
+    assert remedy in caught.value.remedy
+    assert "\n" not in caught.value.problem
+
+
+@pytest.mark.parametrize("argument", ["--lora.rnk=3", "--lora.rnk"])
+def test_a_bad_option_on_the_command_line_names_the_nearest(argument):
+    with pytest.raises(UserError, match=r"lora.rnk.*\n.*lora.rank"):
+        parse_run_config([argument, "3"])
+
+
+def test_a_missing_configuration_file_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        parse_run_config(["--config", "nowhere.yaml"])
+
+
+def test_a_run_without_data_says_so():
+    with pytest.raises(UserError, match="no training data"):
+        parse_run_config([]).dataset.training_sources()
+
+
+def test_manifest_path_and_sources_exclude_each_other():
+    with pytest.raises(UserError, match="both given"):
+        parse_run_config(["--dataset.manifest_path", "a", "--dataset.sources", '[{"path": "b"}]'])
+
+
+def test_help_shows_the_text_under_a_field(capsys):
+    with pytest.raises(SystemExit):
+        parse_run_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 draws emotions as recorded, 0 draws them equally often." in shown
