@@ -1,0 +1,63 @@
+"""The label space that all corpora share, and the only way into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hf_csm.errors import UserError
+
+
+EMOTIONS = (
+    "neutral",
+    "calm",
+    "happy",
+    "sad",
+    "angry",
+    "fearful",
+    "disgust",
+    "surprised",
+    "contempt",
+    "other",
+)
+"""Emotions in the order of their class index. No label (null) means that the raters did not agree."""
+
+INTENSITIES = ("low", "medium", "high")
+
+UNLABELLED = "unlabelled"
+"""Stands for "no label" where a name is needed: in file names and tables, never in a row."""
+
+
+def map_label(raw: str, label_map: Mapping[str, str | None], where: str) -> str | None:
+    """Translate a corpus's own label to the shared one; `None` where the map says that it carries no agreement.
+
+    Args:
+        raw: the label as the corpus writes it.
+        label_map: from the corpus's labels to `EMOTIONS` (or `None`), complete.
+        where: the file or row that carries the label, for the message.
+
+    Raises:
+        UserError: the corpus's map does not know the label.
+    """
+    if raw not in label_map:
+        raise UserError(
+            f"{where}: unknown emotion label {raw!r}.",
+            f"Known labels are {', '.join(sorted(label_map))}. Correct the file or remove it.",
+        )
+    emotion = label_map[raw]
+    assert emotion is None or emotion in EMOTIONS, f"{raw!r} maps to {emotion!r}, which is not in the shared space"
+    return emotion
+
+
+def emotion_id(emotion: str | None) -> int | None:
+    """Return the class index of an emotion, null for none."""
+    return None if emotion is None else EMOTIONS.index(emotion)
+
+
+def emotion_name(index: int | None) -> str:
+    """Return the emotion of a class index, `UNLABELLED` for null."""
+    return UNLABELLED if index is None else EMOTIONS[index]
+
+
+def intensity_id(intensity: str | None) -> int | None:
+    """Return the class index of an intensity, null for none."""
+    return None if intensity is None else INTENSITIES.index(intensity)

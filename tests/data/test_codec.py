@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+import torch
+
+from hf_csm.data.codec import encode_waveforms
+from hf_csm.models.moshi import find_checkpoint, load_mimi
+from hf_csm.units import SAMPLES_PER_FRAME
+
+
+@pytest.fixture(scope="module")
+def mimi(tiny_moshi):
+    return load_mimi(find_checkpoint(str(tiny_moshi)))
+
+
+def noise(num_frames, seed):
+    rng = np.random.default_rng(seed)
+    envelope = np.repeat(rng.uniform(0.001, 0.3, size=(2, num_frames)), SAMPLES_PER_FRAME, axis=1)
+    return (envelope * rng.standard_normal((2, num_frames * SAMPLES_PER_FRAME))).astype(np.float32)
+
+
+def test_codes_have_every_codebook_of_the_codec(mimi):
+    (codes,) = encode_waveforms(mimi, [noise(5, 0)])
+    assert codes.shape == (2, mimi.total_codebooks, 5)
+    assert codes.dtype == np.int16
+
+
+def test_what_shares_a_batch_does_not_change_the_codes(mimi):
+    short, long = noise(7, 1), noise(30, 2)
+    together = encode_waveforms(mimi, [short, long])
+    np.testing.assert_array_equal(together[0], encode_waveforms(mimi, [short])[0])
+    np.testing.assert_array_equal(together[1], encode_waveforms(mimi, [long])[0])
+
+
+def test_codes_equal_the_streaming_encoders_frame_by_frame(mimi):
+    """A server encodes 80 ms at a time; training must have seen the codes it will get."""
+    waveform = noise(40, 3)
+    (codes,) = encode_waveforms(mimi, [waveform])
+    with torch.no_grad(), mimi.streaming(2):
+        frames = torch.from_numpy(waveform).reshape(2, 1, 40, SAMPLES_PER_FRAME)
+        streamed = torch.cat([mimi.encode(frames[:, :, t]) for t in range(40)], dim=2)
+    np.testing.assert_array_equal(codes, streamed.numpy())

@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+
+from hf_csm.data.conversation import (
+    MOSHI,
+    USER,
+    Clip,
+    Composition,
+    compose,
+    plan_conversations,
+    room_tone,
+    turns_of,
+    words_of,
+)
+from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME, seconds_to_samples
+
+
+def make_clips(num_speakers=3, clips_each=6, emotions=("happy", "sad"), duration_s=2.0):
+    clips = []
+    for speaker in range(num_speakers):
+        for number in range(clips_each):
+            emotion = emotions[number % len(emotions)]
+            words = ({"word": "hello", "start_s": 0.5, "end_s": 0.9}, {"word": "there", "start_s": 1.0, "end_s": 1.4})
+            clips.append(
+                Clip(
+                    place=(0, len(clips)),
+                    id=f"s{speaker}-{number}",
+                    speaker_id=f"s{speaker}",
+                    emotion=emotion,
+                    num_samples=seconds_to_samples(duration_s + 0.1 * number),
+                    words=words,
+                )
+            )
+    return clips
+
+
+def samples_of(clip):
+    """A tone whose pitch tells the clips apart."""
+    times = np.arange(clip.num_samples) / SAMPLE_RATE
+    return (0.3 * np.sin(2 * np.pi * (200 + 20 * clip.place[1]) * times)).astype(np.float32)
+
+
+COMPOSITION = Composition(duration_s=20.0)
+
+
+def test_a_conversation_has_one_moshi_voice_and_emotion():
+    for conversation in plan_conversations(make_clips(), COMPOSITION):
+        moshi = [turn.clip for turn in conversation.turns if turn.channel == MOSHI]
+        assert {clip.speaker_id for clip in moshi} == {conversation.speaker_id}
+        assert {clip.emotion for clip in moshi} == {conversation.emotion}
+
+
+def test_the_user_is_always_another_speaker():
+    turns = [
+        (conversation.speaker_id, turn.clip.speaker_id)
+        for conversation in plan_conversations(make_clips(), COMPOSITION)
+        for turn in conversation.turns
+        if turn.channel == USER
+    ]
+    assert turns
+    assert all(moshi != user for moshi, user in turns)
+
+
+def test_every_clip_is_moshis_exactly_once_in_a_variant():
+    clips = make_clips()
+    conversations = plan_conversations(clips, COMPOSITION)
+    spoken = [t.clip.id for conversation in conversations for t in conversation.turns if t.channel == MOSHI]
+    assert sorted(spoken) == sorted(clip.id for clip in clips)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("duration_s", [4.0, 9.7, 20.0, 80.0])
+def test_turns_never_overlap_and_stay_inside(seed, duration_s):
+    composition = Composition(duration_s=duration_s, seed=seed)
+    for conversation in plan_conversations(make_clips(clips_each=10), composition):
+        ends = [0, *(turn.end for turn in conversation.turns)]
+        assert all(turn.start >= end for turn, end in zip(conversation.turns, ends, strict=False))
+        assert conversation.turns[0].start >= seconds_to_samples(composition.lead_in_s[0])
+        assert ends[-1] <= conversation.num_samples <= seconds_to_samples(duration_s)
+        assert conversation.num_samples % SAMPLES_PER_FRAME == 0
+
+
+def test_there_are_conversations_of_one_turn_and_of_many():
+    conversations = plan_conversations(make_clips(clips_each=30), Composition(duration_s=60.0))
+    counts = {sum(turn.channel == MOSHI for turn in conversation.turns) for conversation in conversations}
+    assert max(counts) >= 6
+    assert len(counts) >= 4
+
+
+def test_a_clip_that_fits_no_conversation_is_left_out():
+    clips = make_clips(duration_s=2.0)
+    conversations = plan_conversations(clips, Composition(duration_s=4.0))
+    spoken = {turn.clip.id for conversation in conversations for turn in conversation.turns}
+    assert spoken < {clip.id for clip in clips}
+
+
+def test_unlabelled_clips_are_the_users_only():
+    clips = [*make_clips(2), Clip((0, 99), "x", "s9", None, 30_000, ())]
+    turns = [t for c in plan_conversations(clips, COMPOSITION) for t in c.turns]
+    assert all(turn.clip.emotion is not None for turn in turns if turn.channel == MOSHI)
+    assert any(turn.clip.id == "x" for turn in turns)
+
+
+def test_a_lone_speaker_hears_room_tone():
+    conversations = plan_conversations(make_clips(num_speakers=1), COMPOSITION)
+    assert conversations
+    assert all(turn.channel == MOSHI for conversation in conversations for turn in conversation.turns)
+
+
+def test_the_plan_depends_on_nothing_but_its_arguments():
+    clips = make_clips()
+    assert plan_conversations(clips, COMPOSITION) == plan_conversations(clips, COMPOSITION)
+    assert plan_conversations(clips, COMPOSITION, variant=1) != plan_conversations(clips, COMPOSITION, variant=0)
+    assert plan_conversations(clips, Composition(duration_s=20.0, seed=1)) != plan_conversations(clips, COMPOSITION)
+
+
+def test_variants_have_ids_of_their_own():
+    clips = make_clips()
+    ids = [c.id for variant in range(3) for c in plan_conversations(clips, COMPOSITION, variant)]
+    assert len(ids) == len(set(ids))
+
+
+def test_neither_channel_is_ever_digitally_silent_nor_a_copy():
+    for conversation in plan_conversations(make_clips(), COMPOSITION)[:3]:
+        waveform = compose(conversation, samples_of, COMPOSITION)
+        assert waveform.shape == (2, conversation.num_samples)
+        assert waveform.dtype == np.float32
+        frames = waveform.reshape(2, -1, SAMPLES_PER_FRAME)
+        assert (frames.std(axis=-1) > 1e-5).all()
+        assert abs(np.corrcoef(waveform)[0, 1]) < 0.2
+
+
+def test_the_waveform_at_a_words_time_is_the_clips():
+    """The heart of the text stream: a word is heard where its time says."""
+    quiet = Composition(duration_s=20.0, room_tone_db=(-90.0, -90.0))
+    for conversation in plan_conversations(make_clips(), quiet):
+        waveform = compose(conversation, samples_of, quiet)
+        words = iter(words_of(conversation))
+        for turn in conversation.turns:
+            clip_samples = samples_of(turn.clip)
+            for own in turn.clip.words:
+                word = next(words)
+                assert (word["word"], word["channel"]) == (own["word"], turn.channel)
+                heard = waveform[word["channel"], seconds_to_samples(word["start_s"]) :][:4800]
+                meant = clip_samples[seconds_to_samples(own["start_s"]) :][:4800]
+                assert np.abs(heard - meant).max() < 1e-3
+        assert next(words, None) is None
+
+
+def test_turns_and_words_are_stored_in_seconds():
+    conversation = plan_conversations(make_clips(), COMPOSITION)[0]
+    for stored, turn in zip(turns_of(conversation), conversation.turns, strict=True):
+        assert stored["clip_id"] == turn.clip.id
+        assert stored["end_s"] - stored["start_s"] == pytest.approx(turn.clip.num_samples / SAMPLE_RATE)
+
+
+@pytest.mark.parametrize("level_db", [-70.0, -55.0])
+def test_room_tone_has_the_level_it_is_given(level_db):
+    tone = room_tone(100_000, np.random.default_rng(0), (level_db, level_db))
+    assert 20 * np.log10(tone.std()) == pytest.approx(level_db, abs=0.5)
