@@ -1,0 +1,163 @@
+"""Checkpoints of a run: `checkpoint_000500/{consolidated/, adapter/, state/}`, written beside and renamed.
+
+`adapter/` is PEFT's, `consolidated/` is what moshi's server loads, `state/` is what a run needs to go on bit for bit.
+The base model is never written.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_csm.errors import UserError
+from hf_csm.models.lora import save_adapter
+from hf_csm.models.moshi import MoshiCheckpoint, MoshiLM
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CHECKPOINT_NAME = re.compile(r"^checkpoint_(\d{6,})$")
+
+Consolidate = Callable[[MoshiLM, MoshiCheckpoint, Path], object]
+"""Writes the files that moshi's server loads: (model, base, folder). `hf_csm.export.native` has it."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps taken.
+        evaluated_step: step of the last evaluation, -1 for none.
+        evaluated_loss: its loss with the adapter.
+        best_step: step of the checkpoint with the lowest evaluation loss, -1 for none.
+        best_loss: that loss.
+    """
+
+    step: int = 0
+    evaluated_step: int = -1
+    evaluated_loss: float = float("inf")
+    best_step: int = -1
+    best_loss: float = float("inf")
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
+    return run_dir / f"checkpoint_{step:06d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the whole checkpoints of a run, oldest first."""
+    found = [path for path in run_dir.glob("checkpoint_*") if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def find_checkpoint_to_resume(run_dir: Path, wanted: str | None) -> Path | None:
+    """Return the checkpoint that `resume_from_checkpoint` means; None starts afresh.
+
+    Raises:
+        UserError: there is no such checkpoint, or a fresh run would write over the checkpoints of another.
+    """
+    existing = list_checkpoints(run_dir)
+    if wanted is None:
+        if existing:
+            raise UserError(
+                f"{run_dir} already holds {len(existing)} checkpoints, up to {existing[-1].name}.",
+                "Go on with --resume-from-checkpoint latest, or choose another --run_dir.",
+            )
+        return None
+    if wanted == "latest":
+        return existing[-1] if existing else None
+    path = Path(wanted)
+    if not (path / "state" / "trainer.pt").is_file() or not (path / "adapter").is_dir():
+        raise UserError(
+            f"{path} is not a checkpoint of a run.",
+            "Give a folder such as checkpoints/run/checkpoint_000500, or `latest`.",
+        )
+    return path
+
+
+def save_checkpoint(
+    run_dir: Path,
+    progress: Progress,
+    model: MoshiLM,
+    base: MoshiCheckpoint,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    consolidate: Consolidate,
+) -> Path:
+    """Write the checkpoint of the step `progress` stands at; all processes call this together."""
+    path = checkpoint_path(run_dir, progress.step)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "state").mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_adapter(model, unfinished / "adapter")
+        consolidate(model, base, unfinished / "consolidated")
+        torch.save(
+            {"optimizer": optimizer.state_dict(), "progress": asdict(progress)}, unfinished / "state" / "trainer.pt"
+        )
+    torch.save(_rng_state(), unfinished / "state" / f"rng_{accelerator.process_index:05d}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+    accelerator.wait_for_everyone()
+    return path
+
+
+def load_state(path: Path, optimizer: torch.optim.Optimizer, process_index: int) -> Progress:
+    """Restore the optimizer and this process's random numbers; the adapter is loaded with the model.
+
+    Raises:
+        UserError: a state file is damaged.
+    """
+    try:
+        state = torch.load(path / "state" / "trainer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        rng_path = path / "state" / f"rng_{process_index:05d}.pt"
+        if rng_path.exists():  # a run may go on with more processes than it had
+            _set_rng_state(torch.load(rng_path, map_location="cpu", weights_only=True))
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        raise UserError(
+            f"{path}/state cannot be read: {' '.join(str(error).split())[:200]}",
+            "Resume from an earlier checkpoint with --resume-from-checkpoint PATH.",
+        ) from error
+    return Progress(**state["progress"])
+
+
+def mark_best(run_dir: Path, step: int) -> None:
+    """Let `best` name the checkpoint of a step."""
+    unfinished = run_dir / ".best.tmp"
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(checkpoint_path(run_dir, step).name)
+    unfinished.replace(run_dir / "best")
+
+
+def remove_old_checkpoints(run_dir: Path, keep: int, best_step: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one; 0 keeps all."""
+    for path in list_checkpoints(run_dir)[: -keep or None] if keep else []:
+        if path != checkpoint_path(run_dir, best_step):
+            shutil.rmtree(path)
+
+
+def _rng_state() -> dict[str, object]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

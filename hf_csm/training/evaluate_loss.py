@@ -1,0 +1,65 @@
+"""Loss on the validation split, with the adapter and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_csm.config import LossConfig
+from hf_csm.data.collate import Batch
+from hf_csm.models.moshi import MoshiLM
+from hf_csm.training.loss import STREAMS, stream_masks, stream_sums, token_weights, weighted_sum
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: MoshiLM,
+    forward: Callable,
+    batches: Sequence[list[int]],
+    read: Callable[[list[int]], Batch],
+    config: LossConfig,
+    accelerator: Accelerator,
+    prefix: str,
+) -> dict[str, float]:
+    """Return the weighted loss and the mean negative log likelihood of each group of targets, in nats.
+
+    The sums run over all windows of all processes, and are divided once.
+
+    Args:
+        forward: the model as the loop calls it.
+        batches: rows of every batch; this process takes its share.
+        read: lays out the rows of a batch.
+        prefix: of the names in the result, such as `eval_`.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2 + 2 * len(STREAMS), dtype=torch.float64, device=accelerator.device)
+    for start in range(0, len(batches), accelerator.num_processes):
+        mine = start + accelerator.process_index
+        # Sharded models talk to each other in every forward pass, so a process without a batch runs one all the same.
+        batch = read(batches[mine if mine < len(batches) else start]).to(accelerator.device)
+        masks = stream_masks(batch, model.layout)
+        weights = token_weights(masks, config)
+        output = forward(batch.codes)
+        if mine < len(batches):
+            totals[:2] += torch.stack([weighted_sum(output, weights), weights.sum()]).double()
+            totals[2:] += stream_sums(output, masks).flatten().double()
+    totals = accelerator.reduce(totals, reduction="sum").cpu()
+    model.train(was_training)
+    sums, counts = totals[2:].view(2, -1)
+    return {f"{prefix}loss": float(totals[0] / totals[1])} | stream_means(sums, counts, prefix)
+
+
+def stream_means(sums: torch.Tensor, counts: torch.Tensor, prefix: str = "") -> dict[str, float]:
+    """Return the mean of each group in `STREAMS` that has targets, in nats."""
+    return {
+        f"{prefix}{name}": float(total / count)
+        for name, total, count in zip(STREAMS, sums, counts, strict=True)
+        if count > 0
+    }

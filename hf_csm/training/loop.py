@@ -1,0 +1,326 @@
+"""The training loop: config in, checkpoints and metrics out."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from tqdm import tqdm
+
+from hf_csm.config import RunConfig, Source, dump_run_config
+from hf_csm.data.collate import Batch, collate
+from hf_csm.data.mixture import MixtureLoader, WindowTable, lay_out_row, validation_batches
+from hf_csm.errors import UserError
+from hf_csm.models.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter
+from hf_csm.models.moshi import MoshiLM, codec_sha256, find_checkpoint, load_moshi, load_tokenizer
+from hf_csm.training.checkpoint import (
+    Consolidate,
+    Progress,
+    find_checkpoint_to_resume,
+    load_state,
+    mark_best,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from hf_csm.training.evaluate_loss import evaluate_loss, stream_means
+from hf_csm.training.interrupt import StopRequest
+from hf_csm.training.loss import STREAMS, stream_masks, stream_sums, token_weights, weighted_sum
+from hf_csm.training.metrics_log import MetricsLog
+from hf_csm.training.optim import build_optimizer, learning_rate, set_learning_rate
+from hf_csm.units import frames_to_seconds, seconds_to_frames
+
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step measured, over all micro-batches and processes.
+
+    Attributes:
+        loss: weighted mean negative log likelihood, nats.
+        streams: mean of each group in `STREAMS`, nats.
+        grad_norm: before clipping.
+        num_frames: frames with tokens, padding excluded.
+        num_padded_frames: frames of padding in the micro-batches.
+        stop_signal: signal that a process was sent, 0 for none.
+    """
+
+    loss: float
+    streams: dict[str, float]
+    grad_norm: float
+    num_frames: int
+    num_padded_frames: int
+    stop_signal: int
+
+
+def train(config: RunConfig, consolidate: Consolidate) -> Path:
+    """Train an adapter as the configuration says and return the last checkpoint.
+
+    Args:
+        consolidate: writes the native files of a checkpoint.
+
+    Raises:
+        UserError: bad configuration or data, or a loss that is not finite.
+        SystemExit: the run was interrupted; its checkpoint is written.
+    """
+    run_dir = Path(config.run_dir)
+    resume_path = find_checkpoint_to_resume(run_dir, config.resume_from_checkpoint)
+    accelerator = _build_accelerator(config, run_dir)
+    if config.resume_from_checkpoint == "latest" and resume_path is None:
+        logger.warning(f"{run_dir} holds no checkpoint to resume from: starting afresh.")
+    set_seed(config.seed)
+
+    base = find_checkpoint(config.moshi_paths.hf_repo_id, config.moshi_paths.revision)
+    tokenize = load_tokenizer(base).encode
+    open_table = partial(
+        WindowTable,
+        codec_sha256=codec_sha256(base),
+        emotions=config.dataset.emotions,
+        max_frames=seconds_to_frames(config.dataset.duration_sec),
+    )
+    sources = config.dataset.training_sources()
+    train_table = open_table(sources, "train")
+    if train_table.num_cut:
+        logger.warning(
+            f"{train_table.num_cut} of {len(train_table)} windows are longer than dataset.duration_sec "
+            f"({config.dataset.duration_sec:g} s) and are cut there."
+        )
+    held_out = [Source(config.dataset.val_manifest_path)] if config.dataset.val_manifest_path else sources
+    validation_table = open_table(held_out, "validation")
+
+    model = load_moshi(
+        base,
+        device=accelerator.device,
+        dtype=getattr(torch, config.moshi_paths.dtype),
+        gradient_checkpointing=config.advanced.gradient_checkpointing,
+    )
+    add_lora(
+        model,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        target_modules=config.lora.target_modules,
+        dropout=config.lora.dropout,
+        seed=config.seed,
+    )
+    if resume_path is not None:
+        load_adapter(model, resume_path / "adapter")
+    optimizer = build_optimizer(adapter_parameters(model), config.optimizer)
+    loader = MixtureLoader(
+        train_table,
+        model.layout,
+        tokenize,
+        config.dataset,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    set_seed(config.seed + accelerator.process_index)  # dropout differs between processes
+    forward, optimizer = accelerator.prepare(model, optimizer)
+    progress = Progress()
+    if resume_path is not None:
+        progress = load_state(resume_path, optimizer, accelerator.process_index)
+    accelerator.init_trackers("hf-csm")
+    log = MetricsLog(run_dir / "metrics.jsonl", accelerator, None if resume_path is None else progress.step)
+    if accelerator.is_main_process:
+        (run_dir / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
+    logger.info(_describe(loader, model))
+
+    def read(rows: list[int]) -> Batch:
+        windows = [lay_out_row(validation_table, row, model.layout, tokenize, config.dataset) for row in rows]
+        return collate(windows, model.layout)
+
+    eval_batches = validation_batches(validation_table, config.dataset, max_windows=config.training.eval_windows)
+    base_losses: dict[str, float] = {}
+
+    def evaluate() -> dict[str, float]:
+        score = partial(evaluate_loss, model, forward, eval_batches, read, config.loss, accelerator)
+        if not base_losses:  # the base does not change
+            with adapter_disabled(model):
+                base_losses.update(score("eval_base_"))
+        return score("eval_") | base_losses
+
+    save = partial(save_checkpoint, run_dir, progress, model, base, optimizer, accelerator, consolidate)
+    try:
+        return _run(config, run_dir, accelerator, model, forward, optimizer, loader, progress, log, evaluate, save)
+    finally:
+        accelerator.end_training()
+
+
+def _run(
+    config: RunConfig,
+    run_dir: Path,
+    accelerator: Accelerator,
+    model: MoshiLM,
+    forward: Callable,
+    optimizer: torch.optim.Optimizer,
+    loader: MixtureLoader,
+    progress: Progress,
+    log: MetricsLog,
+    evaluate: Callable[[], dict[str, float]],
+    save: Callable[[], Path],
+) -> Path:
+    """Step, evaluate and save until the last step or a signal; return the last checkpoint."""
+    options = config.training
+    resumed_step = progress.step
+    batches = loader.batches(start=progress.step * options.gradient_accumulation_steps)
+    stop_signal = 0
+    checkpoint = run_dir
+    bar = tqdm(
+        total=options.max_steps,
+        initial=progress.step,
+        desc="train",
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    with StopRequest() as stop, bar:
+        while True:
+            step = progress.step
+            is_last = step == options.max_steps
+
+            # once in a while: evaluate on the validation split
+            is_due = options.eval_every > 0 and (step % options.eval_every == 0 or is_last)
+            if is_due and progress.evaluated_step != step and not stop_signal:
+                losses = evaluate()
+                log.write(step, losses)
+                progress.evaluated_step, progress.evaluated_loss = step, losses["eval_loss"]
+                bar.set_postfix_str(f"eval_loss {losses['eval_loss']:.4f}, base {losses['eval_base_loss']:.4f}")
+
+            # once in a while: write a checkpoint
+            if is_last or stop_signal or (step % options.save_every == 0 and step > resumed_step):
+                is_best = progress.evaluated_step == step and progress.evaluated_loss < progress.best_loss
+                if is_best:
+                    progress.best_step, progress.best_loss = step, progress.evaluated_loss
+                checkpoint = save()
+                if accelerator.is_main_process:
+                    if is_best:
+                        mark_best(run_dir, step)
+                    remove_old_checkpoints(run_dir, options.keep_checkpoints, progress.best_step)
+            if stop_signal:
+                logger.warning(f"Interrupted: {checkpoint} is written. Go on with --resume-from-checkpoint latest.")
+                raise SystemExit(128 + stop_signal)
+            if is_last:
+                return checkpoint
+
+            # one optimizer step
+            start = time.perf_counter()
+            rate = learning_rate(step, options.max_steps, config.optimizer.lr, config.scheduler)
+            set_learning_rate(optimizer, rate)
+            result = train_step(batches, model, forward, optimizer, accelerator, config, stop)
+            progress.step += 1
+            stop_signal = result.stop_signal
+            duration_s = time.perf_counter() - start
+
+            bar.update()
+            if progress.step % options.log_every == 0 or progress.step == options.max_steps:
+                num_tokens = result.num_frames * model.layout.num_predicted_streams
+                log.write(
+                    progress.step,
+                    {
+                        "loss": result.loss,
+                        **result.streams,
+                        "lr": rate,
+                        "grad_norm": result.grad_norm,
+                        "tokens_per_s": num_tokens / duration_s,
+                        "audio_s": frames_to_seconds(result.num_frames),
+                        "padding": result.num_padded_frames / (result.num_frames + result.num_padded_frames),
+                    },
+                )
+                bar.set_description(f"train, loss {result.loss:.4f}")
+
+
+def train_step(
+    batches: Iterator[Batch],
+    model: MoshiLM,
+    forward: Callable,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    config: RunConfig,
+    stop: StopRequest | None = None,
+) -> StepResult:
+    """Take one optimizer step over the next micro-batches of every process.
+
+    All micro-batches are collected first, because the loss of each is divided by the weights of all: the gradient is
+    that of one big batch, however it is cut.
+
+    Raises:
+        UserError: the loss is not finite; no weight has changed.
+    """
+    accumulation_steps = config.training.gradient_accumulation_steps
+    collected = [next(batches).to(accelerator.device) for _ in range(accumulation_steps)]
+    masks = [stream_masks(batch, model.layout) for batch in collected]
+    weights = [token_weights(mask, config.loss) for mask in masks]
+    denominator = accelerator.reduce(torch.stack([weight.sum() for weight in weights]).sum(), reduction="sum")
+
+    totals = torch.zeros(5 + 2 * len(STREAMS), dtype=torch.float64, device=accelerator.device)
+    for i, (batch, mask, weight) in enumerate(zip(collected, masks, weights, strict=True)):
+        is_last = i == accumulation_steps - 1
+        with nullcontext() if is_last else accelerator.no_sync(forward):
+            output = forward(batch.codes)
+            loss = weighted_sum(output, weight) / denominator
+            # Gradients are averaged over processes; the denominator is already global.
+            accelerator.backward(loss * accelerator.num_processes)
+        has_token = batch.codes[:, 1] >= 0
+        totals[0] += loss.detach().double()
+        totals[1] += has_token.sum()
+        totals[2] += has_token.numel() - has_token.sum()
+        totals[5:] += stream_sums(output, mask).flatten().double()
+    if stop is not None and stop.signal_number:  # one process may be told, all must stop after the same step
+        totals[3 if stop.signal_number == signal.SIGINT else 4] = 1
+    totals = accelerator.reduce(totals, reduction="sum").cpu()
+    if not totals[0].isfinite():
+        optimizer.zero_grad()
+        raise UserError(
+            f"The loss is {float(totals[0])} in a step that began with window {collected[0].ids[0]}.",
+            "No weight was changed. Resume from the last checkpoint with a lower optimizer.lr, or check that window.",
+        )
+    max_norm = config.training.max_grad_norm or float("inf")
+    grad_norm = accelerator.clip_grad_norm_(adapter_parameters(model), max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    sums, counts = totals[5:].view(2, -1)
+    return StepResult(
+        loss=float(totals[0]),
+        streams=stream_means(sums, counts),
+        grad_norm=float(grad_norm),
+        num_frames=int(totals[1]),
+        num_padded_frames=int(totals[2]),
+        stop_signal=signal.SIGTERM if totals[4] else signal.SIGINT if totals[3] else 0,
+    )
+
+
+def _build_accelerator(config: RunConfig, run_dir: Path) -> Accelerator:
+    for tracker in config.training.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(
+                f"training.trackers has {tracker}, which is not installed.",
+                f"Install it with `pip install {tracker}`, or take it off the list.",
+            )
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    return Accelerator(
+        log_with=config.training.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "logs")),
+    )
+
+
+def _describe(loader: MixtureLoader, model: MoshiLM) -> str:
+    """Return what will be trained on what, as text."""
+    lines = [f"{'corpus':<14}{'emotion':<12}{'windows':>9}{'hours':>8}{'drawn':>8}"]
+    for cell, probability in zip(loader.cells, loader.probabilities, strict=True):
+        lines.append(
+            f"{cell.corpus:<14}{cell.emotion:<12}{len(cell.rows):>9}{cell.duration_s / 3600:>8.2f}{probability:>8.1%}"
+        )
+    trained = sum(parameter.numel() for parameter in adapter_parameters(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines.append(f"{trained:,} of {total:,} weights are trained ({trained / total:.2%}).")
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+import math
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_csm.errors import UserError
+from hf_csm.export.native import consolidate
+from hf_csm.models.moshi import MoshiLM
+from hf_csm.training import loop
+from hf_csm.training.checkpoint import list_checkpoints
+from hf_csm.training.loop import train
+from hf_csm.training.metrics_log import read_metrics
+
+
+def losses(run_dir, key="loss"):
+    return {line["step"]: line[key] for line in read_metrics(run_dir / "metrics.jsonl") if key in line}
+
+
+def adapter(checkpoint):
+    return load_file(checkpoint / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_weights(one, other, **tolerance):
+    one, other = adapter(one), adapter(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny_moshi, codes):
+    """A run of ten steps without interruption."""
+    from hf_csm.config import parse_run_config
+
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    options = {
+        "run_dir": run_dir,
+        "moshi_paths.hf_repo_id": tiny_moshi,
+        "moshi_paths.dtype": "float32",
+        "dataset.manifest_path": codes,
+        "dataset.duration_sec": 12,
+        "dataset.batch_size": 2,
+        "lora.rank": 4,
+        "lora.alpha": 8,
+        "optimizer.lr": 0.003,
+        "scheduler.num_warmup_steps": 2,
+        "training.max_steps": 10,
+        "training.save_every": 5,
+        "training.eval_every": 5,
+        "training.eval_windows": 4,
+        "training.keep_checkpoints": 0,
+        "training.trackers": "[]",
+    }
+    train(parse_run_config([f"--{name}={value}" for name, value in options.items()]), consolidate)
+    return run_dir
+
+
+def test_a_run_leaves_what_the_layout_promises(straight):
+    assert {path.name for path in straight.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "logs",
+        "checkpoint_000005",
+        "checkpoint_000010",
+        "best",
+    }
+    for checkpoint in list_checkpoints(straight):
+        assert {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()} == {
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+            "consolidated/config.json",
+            "consolidated/lora.safetensors",
+            "state/trainer.pt",
+            "state/rng_00000.pt",
+        }
+
+
+def test_loss_falls_and_every_stream_is_logged(straight):
+    lines = [line for line in read_metrics(straight / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert {"text_words", "text_padding", "codebook_0", "codebooks_rest", "tokens_per_s", "lr"} <= lines[0].keys()
+
+
+def test_evaluation_compares_adapter_and_base(straight):
+    lines = [line for line in read_metrics(straight / "metrics.jsonl") if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [0, 5, 10]
+    assert lines[0]["eval_loss"] == lines[0]["eval_base_loss"]  # a fresh adapter is the identity
+    assert lines[-1]["eval_base_loss"] == lines[0]["eval_base_loss"]
+    assert lines[-1]["eval_loss"] < lines[-1]["eval_base_loss"]
+
+
+def test_best_names_the_checkpoint_with_the_lowest_evaluation_loss(straight):
+    by_step = losses(straight, "eval_loss")
+    best = min((5, 10), key=by_step.__getitem__)
+    assert (straight / "best").resolve().name == f"checkpoint_{best:06d}"
+
+
+def test_the_written_configuration_gives_the_same_run(straight, run_config):
+    from hf_csm.config import parse_run_config
+
+    config = parse_run_config(["--config", str(straight / "config.yaml")])
+    assert config.lora.rank == 4
+    assert config.run_dir == str(straight)
+
+
+def test_resuming_continues_bit_for_bit(straight, run_config, tmp_path):
+    config = run_config(resume_from_checkpoint=straight / "checkpoint_000005")
+    last = train(config, consolidate)
+    expected = losses(straight)
+    assert losses(tmp_path / "run") == {step: expected[step] for step in range(6, 11)}
+    assert_same_weights(last, straight / "checkpoint_000010")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_latest_goes_on(straight, run_config, tmp_path, monkeypatch, number):
+    real, calls = loop.train_step, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train(run_config(), consolidate)
+    assert caught.value.code == 128 + number
+    run_dir = tmp_path / "run"
+    assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint_000003"]
+    last = train(run_config(resume_from_checkpoint="latest"), consolidate)
+    assert losses(run_dir) == losses(straight)
+    assert losses(run_dir, "eval_loss") == losses(straight, "eval_loss")
+    assert_same_weights(last, straight / "checkpoint_000010")
+
+
+def test_latest_without_checkpoint_starts_afresh(run_config, tmp_path):
+    train(run_config(resume_from_checkpoint="latest", training__max_steps=1), consolidate)
+    assert list(losses(tmp_path / "run")) == [1]
+
+
+def test_a_fresh_run_does_not_write_over_another(straight, run_config):
+    with pytest.raises(UserError, match="already holds 2 checkpoints"):
+        train(run_config(run_dir=straight), consolidate)
+
+
+def test_a_checkpoint_of_another_rank_is_refused(straight, run_config):
+    config = run_config(resume_from_checkpoint=straight / "checkpoint_000005", lora__rank=8)
+    with pytest.raises(UserError, match=r"rank 4.*rank 8"):
+        train(config, consolidate)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(run_config, tmp_path):
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        train(run_config(resume_from_checkpoint=tmp_path), consolidate)
+
+
+def test_a_damaged_checkpoint_is_named(straight, run_config, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(straight / "checkpoint_000005", tmp_path / "checkpoint_000005")
+    state = copy / "state" / "trainer.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        train(run_config(resume_from_checkpoint=copy), consolidate)
+
+
+def test_accumulated_micro_batches_equal_one_batch(straight, run_config, monkeypatch):
+    """The same windows as one micro-batch of eight, or as eight of one, take the same steps."""
+    traces, checkpoints = [], []
+    for pieces in (1, 8):
+        monkeypatch.setattr(loop, "MixtureLoader", fixed_batches(pieces))
+        config = run_config(
+            run_dir=straight.parent / f"pieces{pieces}",
+            training__gradient_accumulation_steps=pieces,
+            training__max_steps=4,
+            training__eval_every=0,
+        )
+        checkpoints.append(train(config, consolidate))
+        traces.append(list(losses(straight.parent / f"pieces{pieces}").values()))
+    assert traces[0] == pytest.approx(traces[1], rel=1e-5)
+    assert_same_weights(*checkpoints, rtol=1e-3, atol=1e-5)
+
+
+def fixed_batches(pieces):
+    """A loader of the same eight ragged windows in every step, cut in `pieces` micro-batches."""
+    from hf_csm.data.collate import collate
+    from hf_csm.data.mixture import MixtureLoader
+
+    class FixedLoader(MixtureLoader):
+        def batches(self, start=0):
+            windows = [self._window(row, row) for row in range(8)]
+            size = 8 // pieces
+            while True:
+                for first in range(0, 8, size):
+                    yield collate(windows[first : first + size], self.layout)
+
+    return FixedLoader
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run_config, tmp_path, monkeypatch):
+    real = MoshiLM.forward
+    calls = []
+
+    def broken(self, codes):
+        output = real(self, codes)
+        calls.append(codes)
+        if len(calls) == 3:
+            output.nll[0, 1, 3] = math.nan
+        return output
+
+    monkeypatch.setattr(MoshiLM, "forward", broken)
+    with pytest.raises(UserError, match="The loss is nan"):
+        train(run_config(training__eval_every=0, training__save_every=1), consolidate)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint_000001", "checkpoint_000002"]
+    assert list(losses(tmp_path / "run")) == [1, 2]
+
+
+def test_only_the_newest_checkpoints_and_the_best_are_kept(run_config, tmp_path):
+    train(
+        run_config(
+            training__max_steps=5, training__save_every=1, training__keep_checkpoints=2, training__eval_every=0
+        ),
+        consolidate,
+    )
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint_000004", "checkpoint_000005"]
+
+
+def test_gradient_checkpointing_changes_nothing(straight, run_config, tmp_path):
+    train(
+        run_config(advanced__gradient_checkpointing="true", training__max_steps=10, training__eval_every=0),
+        consolidate,
+    )
+    ours, theirs = losses(tmp_path / "run"), losses(straight)
+    assert [ours[step] for step in range(1, 11)] == pytest.approx([theirs[step] for step in range(1, 11)], rel=1e-5)
+
+
+def test_trackers_get_the_metrics(run_config, tmp_path):
+    train(run_config(training__trackers="[tensorboard]", training__max_steps=1), consolidate)
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_that_is_not_installed_is_named(run_config):
+    with pytest.raises(UserError, match=r"wandb, which is not installed.\nInstall it with `pip install wandb`"):
+        train(run_config(training__trackers="[wandb]"), consolidate)
