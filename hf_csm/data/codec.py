@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from moshi.utils.compile import CUDAGraphed
 
 from hf_csm.units import SAMPLES_PER_FRAME
 
@@ -36,8 +37,24 @@ def encode_waveforms(mimi: MimiModel, waveforms: Sequence[np.ndarray]) -> list[n
         batch[2 * i : 2 * i + 2, 0, : waveform.shape[1]] = torch.from_numpy(waveform)
     # TF32 convolutions flip codes against the float32 of a CPU or of another GPU.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        codes = mimi.encode(batch.to(device)).to("cpu", torch.int16).numpy()
+        codes = _encode_as_streamed(mimi, batch.to(device)).to("cpu", torch.int16).numpy()
     return [
         codes[2 * i : 2 * i + 2, :, : waveform.shape[1] // SAMPLES_PER_FRAME].copy()
         for i, waveform in enumerate(waveforms)
     ]
+
+
+def _encode_as_streamed(mimi: MimiModel, audio: torch.Tensor) -> torch.Tensor:
+    """Encode `[B, 1, S]` to codes `[B, Q, T]` as a server does, 80 ms at a time.
+
+    Only the transformer needs the small steps. Its cache holds `context` positions and each step writes two before the
+    first of them looks back, so past 10 s a server's attention spans one position less in every other place than it
+    does over the whole window at once. The convolutions around it, nearly all of the work, give the same either way.
+    """
+    latents = mimi.encoder(audio)
+    steps_per_frame = latents.shape[-1] * SAMPLES_PER_FRAME // audio.shape[-1]
+    transformer = CUDAGraphed(mimi.encoder_transformer, disable=audio.device.type != "cuda")
+    with mimi.encoder_transformer.streaming(len(audio)):
+        # A graph writes its output in place: keep a copy.
+        steps = [transformer(step.contiguous())[0].clone() for step in latents.split(steps_per_frame, dim=-1)]
+    return mimi.quantizer.encode(mimi._to_framerate(torch.cat(steps, dim=-1)))

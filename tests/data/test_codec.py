@@ -31,11 +31,22 @@ def test_what_shares_a_batch_does_not_change_the_codes(mimi):
     np.testing.assert_array_equal(together[1], encode_waveforms(mimi, [long])[0])
 
 
-def test_codes_equal_the_streaming_encoders_frame_by_frame(mimi):
-    """A server encodes 80 ms at a time; training must have seen the codes it will get."""
-    waveform = noise(40, 3)
+@pytest.mark.parametrize("num_frames", [1, 40, 800])
+def test_codes_equal_the_streaming_encoders_frame_by_frame(mimi, num_frames):
+    """Training must have seen the codes a server gets from its 80 ms steps, past Mimi's 10 s of context too."""
+    waveform = noise(num_frames, 3)
     (codes,) = encode_waveforms(mimi, [waveform])
+    frames = torch.from_numpy(waveform).reshape(2, 1, num_frames, SAMPLES_PER_FRAME)
     with torch.no_grad(), mimi.streaming(2):
-        frames = torch.from_numpy(waveform).reshape(2, 1, 40, SAMPLES_PER_FRAME)
-        streamed = torch.cat([mimi.encode(frames[:, :, t]) for t in range(40)], dim=2)
+        streamed = torch.cat([mimi.encode(frames[:, :, t]) for t in range(num_frames)], dim=2)
     np.testing.assert_array_equal(codes, streamed.numpy())
+
+
+def test_past_its_context_the_codec_does_differ_between_steps_and_the_whole_window(mimi):
+    """Without this the test above could not fail."""
+    waveform = noise(800, 3)
+    with torch.no_grad():
+        at_once = mimi.encode(torch.from_numpy(waveform)[:, None]).numpy()
+    (codes,) = encode_waveforms(mimi, [waveform])
+    assert (at_once != codes).any()
+    np.testing.assert_array_equal(at_once[:, :, :100], codes[:, :, :100])

@@ -81,7 +81,9 @@ def test_no_cell_is_passed_more_often_than_allowed(seed):
     probabilities = cell_probabilities(cells, balance)
     total_s = sum(c.duration_s for c in cells)
     assert probabilities.sum() == pytest.approx(1)
-    assert all(p * total_s / c.duration_s <= balance.max_repeats + 1e-9 for p, c in zip(probabilities, cells))
+    assert all(
+        p * total_s / c.duration_s <= balance.max_repeats + 1e-9 for p, c in zip(probabilities, cells, strict=True)
+    )
 
 
 def test_drawn_shares_match_the_probabilities():

@@ -1,0 +1,128 @@
+"""Waveforms in and out: any file libsndfile reads becomes mono, 24 kHz, 16 bit, FLAC."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from hf_csm.errors import UserError
+from hf_csm.units import SAMPLE_RATE
+
+
+def read_audio(source: bytes | str | Path, name: str | None = None) -> tuple[np.ndarray, int, int]:
+    """Read a sound file; channels are averaged.
+
+    Args:
+        source: the bytes of a file, or its path.
+        name: what to call it in a message; the path by default.
+
+    Returns:
+        samples float32 `[S]` in -1..1, sample rate, number of channels in the file.
+
+    Raises:
+        UserError: not a sound file, cut short, or without samples.
+    """
+    name = name or (str(source) if not isinstance(source, bytes) else "audio")
+    if not isinstance(source, bytes):
+        try:
+            source = Path(source).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{name}: cannot be read ({error.strerror or error}).", "Check the path and its permissions."
+            ) from error
+    _refuse_cut_wav(source, name)
+    try:
+        samples, sample_rate = _read_plain_wav(source) or soundfile.read(io.BytesIO(source), dtype="float32")
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
+        raise UserError(
+            f"{name}: not a sound file that can be read ({len(source):,} bytes; {reason}).",
+            "Get this file from the corpus again, or remove it.",
+        ) from error
+    if not len(samples):
+        raise UserError(f"{name}: has no samples.", "Get this file from the corpus again, or remove it.")
+    if samples.ndim == 1:
+        return samples, sample_rate, 1
+    return samples.mean(axis=1), sample_rate, samples.shape[1]
+
+
+def resample(samples: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Bring float32 samples `[S]` to 24 kHz (soxr, high quality)."""
+    return samples if sample_rate == SAMPLE_RATE else soxr.resample(samples, sample_rate, SAMPLE_RATE)
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """Round float samples in -1..1 to int16; what lies outside is clipped."""
+    scaled = samples * np.float32(32768)
+    np.rint(scaled, out=scaled)
+    np.minimum(scaled, 32767, out=scaled)
+    np.maximum(scaled, -32768, out=scaled)
+    return scaled.astype(np.int16)
+
+
+def encode_flac(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> bytes:
+    """Encode int16 samples `[S]` (or float in -1..1, which are rounded) as 16-bit mono FLAC."""
+    if samples.dtype != np.int16:
+        samples = to_int16(samples.astype(np.float32, copy=False))
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, sample_rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def decode_audio(audio: Mapping[str, Any]) -> np.ndarray:
+    """Return the samples, float32 `[S]` at 24 kHz, of a row's `audio`: `{"bytes": ..., "path": ...}`."""
+    content = audio["bytes"]
+    samples, sample_rate, _ = read_audio(audio["path"] if content is None else content, name=audio["path"])
+    return resample(samples, sample_rate)
+
+
+def hash_samples(samples: np.ndarray) -> str:
+    """Return the SHA-256 of int16 samples, little-endian: equal for equal sound, however the file was written."""
+    assert samples.dtype == np.int16, samples.dtype
+    return hashlib.sha256(samples.astype("<i2", copy=False).tobytes()).hexdigest()
+
+
+def _read_plain_wav(content: bytes) -> tuple[np.ndarray, int] | None:
+    """Read 16-bit PCM in a RIFF, which most corpora are, in a quarter of libsndfile's time; `None` for all else.
+
+    Same samples as libsndfile's: float32 `[S]`, or `[S, channels]`.
+    """
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        return None
+    position, fmt = 12, None
+    while position + 8 <= len(content):
+        kind, num_bytes = struct.unpack_from("<4sI", content, position)
+        position += 8
+        if kind == b"fmt " and num_bytes >= 16:
+            fmt = struct.unpack_from("<HHIIHH", content, position)
+        elif kind == b"data":
+            if fmt is None or fmt[0] != 1 or fmt[5] != 16 or not fmt[1] or not fmt[2]:
+                return None
+            if position + num_bytes > len(content) or num_bytes % (2 * fmt[1]):
+                return None
+            pcm = np.frombuffer(content, "<i2", num_bytes // 2, position)
+            samples = pcm * np.float32(1 / 32768)
+            return samples if fmt[1] == 1 else samples.reshape(-1, fmt[1]), fmt[2]
+        position += num_bytes + num_bytes % 2
+    return None
+
+
+def _refuse_cut_wav(content: bytes, name: str) -> None:
+    # libsndfile reads a half-copied wav without a word and returns what there is.
+    if content[:4] != b"RIFF":
+        return
+    declared = int.from_bytes(content[4:8], "little") + 8
+    is_streamed = declared >= 0xFFFFFFFF
+    if not is_streamed and len(content) < 0.99 * declared:
+        raise UserError(
+            f"{name}: cut short: {len(content):,} of {declared:,} bytes.",
+            "Copy or extract this file again.",
+        )

@@ -1,0 +1,309 @@
+"""Moshi: find and load its checkpoint, and score windows with it. The language model is moshi's own `LMModel`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from moshi.models import loaders
+from moshi.models.compression import MimiModel
+from moshi.models.lm import LMModel
+from safetensors import SafetensorError
+
+from hf_csm.data.layout import Layout
+from hf_csm.errors import UserError
+from hf_csm.models.base import TokenNLL
+
+
+DEFAULT_NAMES = {
+    "moshi_name": loaders.MOSHI_NAME,
+    "mimi_name": loaders.MIMI_NAME,
+    "tokenizer_name": loaders.TEXT_TOKENIZER_NAME,
+}
+"""File names of a checkpoint whose config.json does not give them."""
+IGNORED_TARGET = -100
+
+
+@dataclass
+class MoshiCheckpoint(loaders.CheckpointInfo):
+    """moshi's `CheckpointInfo`, which also remembers what it was asked for.
+
+    Attributes:
+        name_or_path: Hub repository, or absolute path of the local folder.
+        revision: of the Hub repository, if one was asked for.
+    """
+
+    name_or_path: str = ""
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.name_or_path).is_absolute()
+
+
+def find_checkpoint(repo_or_folder: str, revision: str | None = None) -> MoshiCheckpoint:
+    """Find the files of a checkpoint: on the Hub (downloaded if need be), or in a folder of the same layout.
+
+    Names in a folder's config.json mean files of that folder; `hf://user/repo/file` and `file:///path` mean what they
+    say. A Hub repository without config.json is taken for Moshi 7B.
+
+    Raises:
+        UserError: a file is missing or unreadable, or the repository cannot be reached.
+    """
+    folder = Path(repo_or_folder).expanduser()
+    if folder.is_dir():
+        return _find_local_checkpoint(folder.resolve())
+    if folder.is_absolute() or repo_or_folder.startswith((".", "~")) or repo_or_folder.count("/") != 1:
+        raise UserError(
+            f"There is no folder {repo_or_folder}, and it is not the name of a Hub repository either.",
+            "Give a folder with Moshi's files, or a repository such as kyutai/moshiko-pytorch-bf16.",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Repository .* contains no config.json")
+            found = loaders.CheckpointInfo.from_hf_repo(repo_or_folder, revision=revision)
+    except GatedRepoError as error:
+        raise UserError(
+            f"The Hub repository {repo_or_folder} is gated.",
+            f"Accept its terms at https://huggingface.co/{repo_or_folder}, then `huggingface-cli login`.",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{repo_or_folder} is not in the local cache and the Hub cannot be reached.",
+            "Connect to the network, or give the path of a folder with Moshi's files.",
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise UserError(
+            f"The Hub does not give {repo_or_folder}: {str(error).strip().splitlines()[-1]}",
+            "Check the name and the revision, and `huggingface-cli login` if it is private.",
+        ) from error
+    return MoshiCheckpoint(**vars(found), name_or_path=repo_or_folder, revision=revision)
+
+
+def _find_local_checkpoint(folder: Path) -> MoshiCheckpoint:
+    config = _read_json(folder / "config.json", folder)
+    names = DEFAULT_NAMES | {key: config[key] for key in (*DEFAULT_NAMES, "mimi_config_name") if config.get(key)}
+    paths = {key: _resolve(name, folder, key) for key, name in names.items()}
+    lora_name = config.get("lora_name")
+    if "mimi_config_name" in paths:
+        _read_json(paths["mimi_config_name"], folder)
+    found = loaders.CheckpointInfo.from_hf_repo(
+        str(folder),
+        moshi_weights=paths["moshi_name"],
+        mimi_weights=paths["mimi_name"],
+        tokenizer=paths["tokenizer_name"],
+        config_path=folder / "config.json",
+        mimi_config_path=paths.get("mimi_config_name"),
+        lora_weights=_resolve(lora_name, folder, "lora_name") if lora_name else None,
+    )
+    return MoshiCheckpoint(**vars(found), name_or_path=str(folder))
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no {path.name}.",
+            "A base folder holds config.json, the weights of Moshi and Mimi and the tokenizer, as on the Hub.",
+        )
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not JSON: {error}", "Copy it again from where the checkpoint came from."
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object.", "Copy it again from where the checkpoint came from.")
+    return value
+
+
+def _resolve(name: str, folder: Path, key: str) -> Path:
+    """Return the file that `name` means in the config.json of `folder`, downloaded if it is on the Hub."""
+    try:
+        path = loaders.hf_get(name) if "://" in name else folder / name
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"{folder}/config.json names {name} ({key}), which cannot be had from the Hub.",
+            "Check the name, the network and `huggingface-cli login`.",
+        ) from error
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; {folder}/config.json names it as {key}.",
+            "Copy the file there, or correct the name in config.json.",
+        )
+    return path
+
+
+class MoshiLM(torch.nn.Module):
+    """Moshi as a `SpeechLM`: scores windows of codes, teacher forced.
+
+    Attributes:
+        lm: moshi's `LMModel`, or PEFT's wrapping of it.
+        layout: its streams, for the data.
+    """
+
+    def __init__(self, lm: LMModel, name_or_path: str = "", revision: str | None = None):
+        super().__init__()
+        # What adapter_config.json will name as the adapter's base model.
+        lm.name_or_path = name_or_path or None
+        lm.revision = revision
+        self.lm: torch.nn.Module = lm
+        self.layout = layout_of(lm)
+
+    def forward(self, codes: torch.Tensor) -> TokenNLL:
+        """Return the negative log likelihood of each token that Moshi predicts, given all tokens before it.
+
+        A token is predicted from the frames before its own, and in its frame from text first and then the codebooks in
+        their order, each stream shifted by its delay. A stream's last `delay` frames are not scored: end windows with
+        `layout.max_delay` frames of `-1`.
+
+        Args:
+            codes: `[B, K, T]`, int64, `-1` for no token.
+
+        Raises:
+            ValueError: `codes` is not `[B, K, T]` with the model's K, or not int64.
+        """
+        layout = self.layout
+        if codes.dim() != 3 or codes.shape[1] != layout.num_streams or codes.shape[2] == 0:
+            raise ValueError(f"codes must be [B, {layout.num_streams}, T] with T > 0, not {list(codes.shape)}")
+        if codes.dtype != torch.int64:
+            raise ValueError(f"codes must be int64, not {codes.dtype}")
+        output = self.lm(codes)
+        last = layout.num_predicted_streams
+        mask = torch.zeros_like(codes, dtype=torch.bool)
+        mask[:, :1] = output.text_mask
+        mask[:, 1:last] = output.mask
+        nll = torch.cat(
+            [
+                masked_nll(output.text_logits, codes[:, :1], output.text_mask),
+                masked_nll(output.logits, codes[:, 1:last], output.mask),
+                codes.new_zeros(codes[:, last:].shape, dtype=torch.float32),
+            ],
+            dim=1,
+        )
+        return TokenNLL(nll, mask)
+
+
+def masked_nll(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the negative log likelihood of `targets`, `[B, K, T]` in float32, 0 where `mask` is false.
+
+    Logits outside the mask may be NaN (moshi fills in NaN where a delay leaves no context): neither the value nor the
+    gradient of the others is touched by them.
+
+    Args:
+        logits: `[B, K, T, V]`.
+        targets: `[B, K, T]`; any value where `mask` is false.
+        mask: `[B, K, T]`.
+    """
+    # One stream at a time, so that only one is held in float32 with its softmax.
+    streams = []
+    for k in range(targets.shape[1]):
+        inside = mask[:, k]
+        safe_logits = torch.where(inside[..., None], logits[:, k], 0).float()
+        safe_targets = torch.where(inside, targets[:, k], IGNORED_TARGET)
+        streams.append(
+            torch.nn.functional.cross_entropy(
+                safe_logits.flatten(0, 1), safe_targets.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+            ).view_as(inside)
+        )
+    return torch.stack(streams, dim=1)
+
+
+def layout_of(lm: LMModel) -> Layout:
+    """Return the streams of `lm`."""
+    return Layout(
+        delays=tuple(lm.delays),
+        num_predicted_codebooks=lm.dep_q,
+        num_user_codebooks=lm.n_q - lm.dep_q,
+        text_padding_id=lm.text_padding_token_id,
+        end_of_text_padding_id=lm.end_of_text_padding_id,
+        text_card=lm.text_card,
+        card=lm.card,
+    )
+
+
+def load_moshi(
+    checkpoint: MoshiCheckpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    gradient_checkpointing: bool = False,
+) -> MoshiLM:
+    """Load the language model of `checkpoint`.
+
+    Args:
+        gradient_checkpointing: keep only each layer's input for the backward pass and compute the rest again.
+
+    Raises:
+        UserError: the weights are truncated or do not fit the config, or the checkpoint is an adapter.
+    """
+    if checkpoint.lora_weights is not None:
+        raise UserError(
+            f"{checkpoint.name_or_path} is a LoRA adapter, not a base model.",
+            "Name the base model instead: the repository or folder of `moshi_name` in its config.json.",
+        )
+    try:
+        lm = checkpoint.get_moshi(
+            device=device, dtype=dtype, lm_kwargs_overrides={"gradient_checkpointing": gradient_checkpointing}
+        )
+    except SafetensorError as error:
+        raise UserError(
+            f"{checkpoint.moshi_weights} is damaged or cut short: {error}", "Copy or download it again."
+        ) from error
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"{checkpoint.moshi_weights} does not fit the config.json of {checkpoint.name_or_path}: "
+            + " ".join(str(error).split())[:300],
+            "Take the weights and config.json from the same place.",
+        ) from error
+    return MoshiLM(lm, checkpoint.name_or_path, checkpoint.revision)
+
+
+def load_tokenizer(checkpoint: loaders.CheckpointInfo) -> sentencepiece.SentencePieceProcessor:
+    """Load the text tokenizer."""
+    try:
+        return checkpoint.get_text_tokenizer()
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint.tokenizer} is not a SentencePiece model.", "Copy or download the tokenizer again."
+        ) from error
+
+
+def load_mimi(checkpoint: loaders.CheckpointInfo, device: torch.device | str = "cpu") -> MimiModel:
+    """Load Mimi with all the codebooks it has; `set_num_codebooks` leaves some out."""
+    try:
+        mimi = loaders.get_mimi(checkpoint.mimi_weights, checkpoint.mimi_config, device=device)
+    except SafetensorError as error:
+        raise UserError(
+            f"{checkpoint.mimi_weights} is damaged or cut short: {error}", "Copy or download it again."
+        ) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"{checkpoint.mimi_weights} does not fit its config: " + " ".join(str(error).split())[:300],
+            "Take Mimi's weights and its config from the same place.",
+        ) from error
+    mimi.set_num_codebooks(mimi.total_codebooks)
+    return mimi
+
+
+def codec_sha256(checkpoint: loaders.CheckpointInfo) -> str:
+    """Return a hash that two checkpoints share if and only if their Mimis give the same codes.
+
+    It covers the bytes of the weights and the values of the config, whatever its order or spacing.
+    """
+    config = checkpoint.mimi_config if checkpoint.mimi_config is not None else loaders._mimi_config
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
+    with open(checkpoint.mimi_weights, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from hf_csm.data.schema import UTTERANCE_FEATURES, WINDOW_FEATURES
+from hf_csm.data.table import (
+    ParquetRows,
+    ShardWriter,
+    SplitInfo,
+    nested_to_numpy,
+    read_card_metadata,
+    read_columns,
+    shard_name,
+    split_files,
+    write_card,
+)
+from hf_csm.errors import UserError
+
+
+def window(index, num_frames=5):
+    codes = np.arange(2 * 3 * num_frames).reshape(2, 3, num_frames) + index
+    return {"id": f"w{index}", "emotion": 2, "codes": codes.tolist(), "num_frames": num_frames, "words": []}
+
+
+def write_rows(path, rows):
+    with ShardWriter(path, WINDOW_FEATURES) as writer:
+        writer.write(rows)
+    return path
+
+
+def test_files_depend_on_the_rows_and_not_on_how_they_come(tmp_path):
+    rows = [window(index) for index in range(70)]
+    whole = write_rows(tmp_path / "a.parquet", rows)
+    with ShardWriter(tmp_path / "b.parquet", WINDOW_FEATURES) as writer:
+        for start in range(0, 70, 7):
+            writer.write(rows[start : start + 7])
+    assert whole.read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "a.parquet", WINDOW_FEATURES) as writer:
+        writer.write([window(0)])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_reached_at_random_within_the_memory_bound(tmp_path):
+    files = [write_rows(tmp_path / f"{n}.parquet", [window(n * 100 + i) for i in range(75)]) for n in range(2)]
+    table = ParquetRows(files, columns=["id", "codes"], cache_bytes=1)
+    assert (len(table), table.num_rows(1)) == (150, 75)
+    for file_index, row_index in [(1, 74), (0, 0), (1, 31), (1, 32), (0, 64)]:
+        row = table.row(file_index, row_index)
+        assert row == {key: window(file_index * 100 + row_index)[key] for key in ("id", "codes")}
+        codes = nested_to_numpy(table.arrow_row(file_index, row_index)["codes"])
+        np.testing.assert_array_equal(codes[0], row["codes"])
+        assert codes.dtype == np.int16
+        assert len(table._groups) == 1
+    with pytest.raises(IndexError):
+        table.row(0, 75)
+
+
+def test_columns_come_in_the_order_of_files_and_rows(tmp_path):
+    files = [write_rows(tmp_path / f"{n}.parquet", [window(n * 10 + i) for i in range(3)]) for n in (0, 1)]
+    assert read_columns(files, ["id"])["id"].to_pylist() == ["w0", "w1", "w2", "w10", "w11", "w12"]
+
+
+def test_lists_of_unequal_length_are_no_array():
+    with pytest.raises(AssertionError):
+        nested_to_numpy(pa.array([[1, 2], [3]]))
+
+
+def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        ParquetRows([tmp_path / "a.parquet"])
+
+
+@pytest.fixture
+def table(tmp_path):
+    folder = tmp_path / "table"
+    counts = {"train": 3, "test": 2}
+    for split, count in counts.items():
+        write_rows(folder / "data" / split / shard_name("happy", 0, 1), [window(index) for index in range(count)])
+    write_card(
+        folder,
+        features=WINDOW_FEATURES,
+        title="A table",
+        license="cc-by-4.0",
+        splits={split: SplitInfo(count, 1_000) for split, count in counts.items()},
+        metadata={"stage": "codes", "codec": {"sha256": "abc"}},
+        body="Text.",
+    )
+    return folder
+
+
+def test_datasets_loads_and_streams_a_table(table, tmp_path):
+    loaded = datasets.load_dataset(str(table), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 3, "test": 2}
+    streamed = datasets.load_dataset(str(table), streaming=True)
+    assert list(streamed["test"]) == list(loaded["test"])
+    assert streamed["test"].features == loaded["test"].features == WINDOW_FEATURES
+    assert loaded["train"][1]["codes"] == window(1)["codes"]
+
+
+def test_the_card_gives_back_our_metadata(table):
+    assert read_card_metadata(table) == {"stage": "codes", "codec": {"sha256": "abc"}}
+    assert [path.name for path in split_files(table, "train")] == ["happy-00000-of-00001.parquet"]
+    assert split_files(table, "validation") == []
+
+
+@pytest.mark.parametrize("card", [None, "# Hello\n", "---\nlicense: mit\n---\n", "---\n[\n---\n"])
+def test_a_folder_that_is_no_table_of_ours_is_an_error(tmp_path, card):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    with pytest.raises(UserError, match="not a table"):
+        read_card_metadata(tmp_path)
+
+
+def test_audio_features_survive_the_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    with ShardWriter(path, UTTERANCE_FEATURES) as writer:
+        writer.write([{"id": "x", "audio": {"bytes": b"fLaC", "path": "x.flac"}, "emotion": None}])
+    row = next(iter(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)))
+    assert row["audio"] == {"bytes": b"fLaC", "path": "x.flac"}
+    assert row["emotion"] is None

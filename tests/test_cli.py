@@ -1,0 +1,132 @@
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from hf_csm.cli import explain, main, run_command
+from hf_csm.errors import UserError
+
+
+def error_lines(capsys):
+    return capsys.readouterr().err.strip().splitlines()
+
+
+def test_what_a_user_can_mend_is_two_lines_and_status_1(capsys):
+    def fail():
+        raise UserError("The cup is empty.", "Fill it.")
+
+    assert run_command(fail) == 1
+    assert error_lines(capsys) == ["error: The cup is empty.", "       Fill it."]
+
+
+def test_debug_shows_the_traceback():
+    def fail():
+        raise UserError("The cup is empty.", "Fill it.")
+
+    with pytest.raises(UserError):
+        run_command(fail, debug=True)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "disk is full"), (errno.EROFS, "Not allowed"), (errno.EACCES, "Not allowed"), (errno.EIO, "/x")],
+)
+def test_errors_of_the_disk_are_said_plainly(code, words):
+    problem, remedy = explain(OSError(code, "message", "/x"))
+    assert words in problem
+    assert "/x" in problem
+    assert remedy
+
+
+def test_a_full_disk_is_recognised_in_other_errors():
+    assert "disk is full" in explain(RuntimeError("I/O error: No space left on device (os error 28)"))[0]
+
+
+def test_ctrl_c_says_how_to_go_on(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted) == 130
+    assert "again to go on" in error_lines(capsys)[-1]
+
+
+@pytest.mark.parametrize("verb", ["prepare", "encode", "export", "doctor"])
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert verb in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom hf_csm.cli import build_parser\nbuild_parser()\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'datasets', 'pyarrow', 'numpy', 'moshi'}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_doctor_lists_what_is_there(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "torch 2." in shown
+    assert "moshi 0.2" in shown
+    assert "GB free" in shown
+
+
+def bad_inputs(tmp_path, prepared, codes, tiny_moshi):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "base").mkdir()
+    for path in tiny_moshi.iterdir():
+        if "tokenizer" not in path.name:
+            (tmp_path / "base" / path.name).symlink_to(path)
+    out = ["--out", str(tmp_path / "out")]
+    return {
+        "unknown corpus": (["prepare", "ravdes", "--raw", str(tmp_path), *out], "ravdess"),
+        "missing folder": (["prepare", "ravdess", "--raw", str(tmp_path / "nowhere"), *out], "nowhere"),
+        "empty folder": (["prepare", "ravdess", "--raw", str(tmp_path / "empty"), *out], "empty"),
+        "not prepared": (["encode", str(tmp_path / "empty"), "--base-model", str(tiny_moshi), *out], "empty"),
+        "base without tokenizer": (
+            ["encode", str(prepared), "--base-model", str(tmp_path / "base"), *out],
+            "tokenizer",
+        ),
+        "missing base": (["encode", str(prepared), "--base-model", str(tmp_path / "no"), *out], "no"),
+        "no variants": (["encode", str(prepared), "--base-model", str(tiny_moshi), "--variants", "0", *out], "0"),
+        "codes encoded again": (["encode", str(codes), "--base-model", str(tiny_moshi), *out], "not a prepared"),
+        "no checkpoint": (["export", str(tmp_path / "empty"), *out], "empty"),
+        "out cannot be made": (
+            ["encode", str(prepared), "--base-model", str(tiny_moshi), "--out", "/proc/nowhere/codes"],
+            "/proc/nowhere",
+        ),
+    }
+
+
+BAD_INPUTS = (
+    "unknown corpus",
+    "missing folder",
+    "empty folder",
+    "not prepared",
+    "base without tokenizer",
+    "missing base",
+    "no variants",
+    "codes encoded again",
+    "no checkpoint",
+    "out cannot be made",
+)
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_ends_with_two_lines_that_name_it(name, tmp_path, prepared, codes, tiny_moshi, capsys):
+    argv, named = bad_inputs(tmp_path, prepared, codes, tiny_moshi)[name]
+    assert main(argv) == 1
+    lines = [line for line in error_lines(capsys) if "it/s" not in line and "s/s" not in line]
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("error: ")
+    assert named in lines[0]
+    assert not (tmp_path / "out").exists()
