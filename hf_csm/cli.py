@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     encode.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
     encode.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
     encode.add_argument(
-        "--batch-sec", type=float, help="most seconds of audio at once (default: 640 on a GPU, 40 on a CPU)"
+        "--batch-sec", type=float, help="most seconds of audio at once (default: 640 on a GPU, 80 on a CPU)"
     )
 
     export = add_verb("export", _export, "Turn a checkpoint into a folder that PEFT and moshi's own server load.")

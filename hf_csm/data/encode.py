@@ -106,13 +106,13 @@ def encode(
         codec_sha256: hash that names the codec in the card.
         variants: different sets of conversations from the same clips.
         batch_s: most seconds of audio in a batch, padding and both channels included; by default 640 on a GPU and
-            40 on a CPU, where larger batches fall out of its caches.
+            80 on a CPU, where larger batches fall out of its caches.
 
     Raises:
         UserError: `prepared` is no prepared corpus, or `out` holds something else.
     """
     composition = composition or Composition()
-    batch_s = batch_s or (640.0 if next(mimi.parameters()).is_cuda else 40.0)
+    batch_s = batch_s or (640.0 if next(mimi.parameters()).is_cuda else 80.0)
     prepared, out = Path(prepared), Path(out)
     card = read_card_metadata(prepared)
     if card.get("stage") != "prepared":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
 
     model = load_moshi(
         base,
-        device=accelerator.device,
+        device="cpu" if accelerator.device.type == "cpu" else accelerator.device,  # safetensors knows no "cpu:0"
         dtype=getattr(torch, config.moshi_paths.dtype),
         gradient_checkpointing=config.advanced.gradient_checkpointing,
     )
@@ -307,10 +308,17 @@ def _build_accelerator(config: RunConfig, run_dir: Path) -> Accelerator:
                 f"Install it with `pip install {tracker}`, or take it off the list.",
             )
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    return Accelerator(
+    accelerator = Accelerator(
         log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "logs")),
     )
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"{world_size} processes were started, but Accelerate knows of {accelerator.num_processes}.",
+            "On a machine without GPU, set ACCELERATE_USE_CPU=true for torchrun.",
+        )
+    return accelerator
 
 
 def _describe(loader: MixtureLoader, model: MoshiLM) -> str:

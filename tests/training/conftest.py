@@ -5,13 +5,12 @@ import pytest
 from hf_csm.config import RunConfig, parse_run_config
 
 
-@pytest.fixture
-def run_options(tiny_moshi: Path, codes: Path, tmp_path: Path):
-    """Command line of a run of ten small steps in `tmp_path`; keyword arguments override (`lora__rank=4`)."""
+@pytest.fixture(scope="module")
+def module_run_options(tiny_moshi: Path, codes: Path):
+    """Command line of a run of ten small steps; keyword arguments override (`lora__rank=4`)."""
 
     def make(**overrides) -> list[str]:
         options = {
-            "run_dir": tmp_path / "run",
             "moshi_paths__hf_repo_id": tiny_moshi,
             "moshi_paths__dtype": "float32",
             "dataset__manifest_path": codes,
@@ -32,6 +31,12 @@ def run_options(tiny_moshi: Path, codes: Path, tmp_path: Path):
         return [part for name, value in options.items() for part in (f"--{name.replace('__', '.')}", str(value))]
 
     return make
+
+
+@pytest.fixture
+def run_options(module_run_options, tmp_path: Path):
+    """The same, in the folder `run` of `tmp_path`."""
+    return lambda **overrides: module_run_options(**{"run_dir": tmp_path / "run", **overrides})
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_csm.config import parse_run_config
 from hf_csm.errors import UserError
 from hf_csm.export.native import consolidate
 from hf_csm.models.moshi import MoshiLM
@@ -31,30 +32,10 @@ def assert_same_weights(one, other, **tolerance):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tiny_moshi, codes):
+def straight(tmp_path_factory, module_run_options):
     """A run of ten steps without interruption."""
-    from hf_csm.config import parse_run_config
-
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    options = {
-        "run_dir": run_dir,
-        "moshi_paths.hf_repo_id": tiny_moshi,
-        "moshi_paths.dtype": "float32",
-        "dataset.manifest_path": codes,
-        "dataset.duration_sec": 12,
-        "dataset.batch_size": 2,
-        "lora.rank": 4,
-        "lora.alpha": 8,
-        "optimizer.lr": 0.003,
-        "scheduler.num_warmup_steps": 2,
-        "training.max_steps": 10,
-        "training.save_every": 5,
-        "training.eval_every": 5,
-        "training.eval_windows": 4,
-        "training.keep_checkpoints": 0,
-        "training.trackers": "[]",
-    }
-    train(parse_run_config([f"--{name}={value}" for name, value in options.items()]), consolidate)
+    train(parse_run_config(module_run_options(run_dir=run_dir)), consolidate)
     return run_dir
 
 
@@ -100,8 +81,6 @@ def test_best_names_the_checkpoint_with_the_lowest_evaluation_loss(straight):
 
 
 def test_the_written_configuration_gives_the_same_run(straight, run_config):
-    from hf_csm.config import parse_run_config
-
     config = parse_run_config(["--config", str(straight / "config.yaml")])
     assert config.lora.rank == 4
     assert config.run_dir == str(straight)

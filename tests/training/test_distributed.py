@@ -1,0 +1,82 @@
+"""Two processes over gloo, as on two GPUs. `accelerate launch --cpu` starts only one, so torchrun does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_csm.training.metrics_log import read_metrics
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_two(options, *, use_cpu="true", fails=False):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": use_cpu, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "recipes" / "train.py"), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if not fails:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def losses(run_dir, key="loss"):
+    return {line["step"]: line[key] for line in read_metrics(run_dir / "metrics.jsonl") if key in line}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, module_run_options):
+    """Six steps of two processes without interruption."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    run_two(module_run_options(run_dir=run_dir, training__max_steps=6, training__save_every=3))
+    return run_dir
+
+
+def test_there_really_are_two_processes(straight):
+    """Each process writes its random state."""
+    state = straight / "checkpoint_000006" / "state"
+    assert {path.name for path in state.iterdir()} == {"trainer.pt", "rng_00000.pt", "rng_00001.pt"}
+
+
+def test_two_processes_resume_bit_for_bit(straight, run_options, tmp_path):
+    run_two(
+        run_options(
+            training__max_steps=6,
+            training__save_every=3,
+            resume_from_checkpoint=straight / "checkpoint_000003",
+        )
+    )
+    expected = losses(straight)
+    assert losses(tmp_path / "run") == {step: expected[step] for step in (4, 5, 6)}
+    name = "checkpoint_000006/adapter/adapter_model.safetensors"
+    ours, theirs = load_file(tmp_path / "run" / name), load_file(straight / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_two_processes_equal_one_with_twice_the_micro_batches(straight, run_config, tmp_path):
+    from hf_csm.export.native import consolidate
+    from hf_csm.training.loop import train
+
+    train(
+        run_config(training__max_steps=6, training__save_every=3, training__gradient_accumulation_steps=2), consolidate
+    )
+    one, two = losses(tmp_path / "run"), losses(straight)
+    assert [one[step] for step in range(1, 7)] == pytest.approx([two[step] for step in range(1, 7)], rel=1e-5)
+    evaluated = losses(tmp_path / "run", "eval_loss"), losses(straight, "eval_loss")
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(run_options, tmp_path):
+    """Without a GPU and without being told, Accelerate runs each process for itself, all on the same folder."""
+    assert "2 processes were started, but Accelerate knows of 1" in run_two(run_options(), use_cpu="false", fails=True)
+    assert not list((tmp_path / "run").glob("checkpoint_*"))
