@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from generate_samples import Sample, generate_samples
 
 from hf_csm.cli import run_command
@@ -25,6 +26,8 @@ DEMO = Path("demo")
 RUN_DIR = DEMO / "checkpoints" / "demo"
 CONFIG = Path("recipes/configs/demo.yaml")
 INTERRUPT_AT_STEP = 30
+ACTORS = (*range(1, 9), *range(17, 25))
+"""Eight to train, four to validate, four to test."""
 EMOTIONS = ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]
 LEFT_BY_EARLIER_DEMOS = (
     "base",
@@ -85,7 +88,7 @@ def synthesize() -> None:
     from hf_csm.testing.tiny_moshi import write_tiny_moshi
 
     write_tiny_moshi(DEMO / "base")
-    write_ravdess(DEMO / "raw", intensities=(1,), repetitions=(1,))
+    write_ravdess(DEMO / "raw", actors=ACTORS, intensities=(1,), repetitions=(1,))
     print(*sorted(str(path) for path in (*DEMO.glob("base/*"), *DEMO.glob("raw/*"))), sep="\n")
 
 
@@ -107,6 +110,7 @@ def train_command(*more: str) -> list[str]:
     """Return the training command of the README, for one CPU process."""
     return [
         "accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml",
+        "--num_cpu_threads_per_process", str(os.cpu_count()),
         "recipes/train.py", "--config", str(CONFIG), *more,
     ]  # fmt: skip
 
@@ -123,7 +127,8 @@ def train_until_interrupted() -> None:
         if process.poll() is not None:
             raise UserError("Training ended before it could be interrupted.", "Its own message is above.")
         print(f"\n^C after step {last_step()}", flush=True)
-        os.killpg(process.pid, signal.SIGINT)
+        for child in psutil.Process(process.pid).children():  # the launcher itself would answer with a traceback
+            child.send_signal(signal.SIGINT)
         process.wait(timeout=60)
         deadline = time.monotonic() + 60
         while not list(RUN_DIR.glob("checkpoint_*/state/trainer.pt")) or list(RUN_DIR.glob(".checkpoint_*")):

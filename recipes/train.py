@@ -8,6 +8,7 @@ Every option of the YAML file can be given on the command line; `--help` lists t
 
 from __future__ import annotations
 
+import os
 import sys
 
 from hf_csm.cli import run_command
@@ -20,10 +21,14 @@ def main(argv: list[str]) -> None:
 
     # `--help` and a misspelt option answer at once: the heavy imports come after.
     from hf_csm.export.native import consolidate
+    from hf_csm.training.interrupt import stop_with_parent
     from hf_csm.training.loop import train
 
+    stop_with_parent()
+
     checkpoint = train(config, consolidate)
-    print(f"{checkpoint} is written. Turn it into a folder that serves: hf-csm export {checkpoint} --out DIR")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{checkpoint} is written. Turn it into a folder that serves: hf-csm export {checkpoint} --out DIR")
 
 
 if __name__ == "__main__":

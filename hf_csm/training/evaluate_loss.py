@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def evaluate_loss(
     model: MoshiLM,
-    forward: Callable,
     batches: Sequence[list[int]],
     read: Callable[[list[int]], Batch],
     config: LossConfig,
@@ -32,7 +31,6 @@ def evaluate_loss(
     The sums run over all windows of all processes, and are divided once.
 
     Args:
-        forward: the model as the loop calls it.
         batches: rows of every batch; this process takes its share.
         read: lays out the rows of a batch.
         prefix: of the names in the result, such as `eval_`.
@@ -40,16 +38,14 @@ def evaluate_loss(
     was_training = model.training
     model.eval()
     totals = torch.zeros(2 + 2 * len(STREAMS), dtype=torch.float64, device=accelerator.device)
-    for start in range(0, len(batches), accelerator.num_processes):
-        mine = start + accelerator.process_index
-        # Sharded models talk to each other in every forward pass, so a process without a batch runs one all the same.
-        batch = read(batches[mine if mine < len(batches) else start]).to(accelerator.device)
+    for rows in batches[accelerator.process_index :: accelerator.num_processes]:
+        batch = read(rows).to(accelerator.device)
         masks = stream_masks(batch, model.layout)
         weights = token_weights(masks, config)
-        output = forward(batch.codes)
-        if mine < len(batches):
-            totals[:2] += torch.stack([weighted_sum(output, weights), weights.sum()]).double()
-            totals[2:] += stream_sums(output, masks).flatten().double()
+        with accelerator.autocast():
+            output = model(batch.codes)
+        totals[:2] += torch.stack([weighted_sum(output, weights), weights.sum()]).double()
+        totals[2:] += stream_sums(output, masks).flatten().double()
     totals = accelerator.reduce(totals, reduction="sum").cpu()
     model.train(was_training)
     sums, counts = totals[2:].view(2, -1)

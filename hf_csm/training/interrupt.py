@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 
 
+PR_SET_PDEATHSIG = 1
+
+
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered; a second one stops the program at once.
+    """While entered, the first SIGINT or SIGTERM is remembered; a second Ctrl-C stops the program at once.
 
     Attributes:
-        signal_number: of the signal that came, 0 for none.
+        signal_number: of the first signal that came, 0 for none.
     """
 
     def __init__(self) -> None:
@@ -27,13 +32,20 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal_number = number
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous.clear()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        # After Ctrl-C the launcher dies first and its end sends SIGTERM here: that must not cut the checkpoint short.
+        if self.signal_number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = self.signal_number or number
+
+
+def stop_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the launcher is gone, so that no run goes on unseen. Does nothing off Linux.
+
+    `accelerate launch` hands signals to a single process only when they come from the terminal.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

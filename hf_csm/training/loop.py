@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from tqdm import tqdm
 
 from hf_csm.config import RunConfig, Source, dump_run_config
@@ -145,7 +145,7 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
     base_losses: dict[str, float] = {}
 
     def evaluate() -> dict[str, float]:
-        score = partial(evaluate_loss, model, forward, eval_batches, read, config.loss, accelerator)
+        score = partial(evaluate_loss, model, eval_batches, read, config.loss, accelerator)
         if not base_losses:  # the base does not change
             with adapter_disabled(model):
                 base_losses.update(score("eval_base_"))
@@ -312,6 +312,11 @@ def _build_accelerator(config: RunConfig, run_dir: Path) -> Accelerator:
         log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "logs")),
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "Accelerate is set to FSDP; adapters on a base spread over GPUs cannot be saved yet.",
+            "Launch with accelerate_configs/multi_gpu.yaml: each GPU then holds the whole base.",
+        )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
         raise UserError(

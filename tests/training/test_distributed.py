@@ -1,8 +1,9 @@
-"""Two processes over gloo, as on two GPUs. `accelerate launch --cpu` starts only one, so torchrun does."""
+"""Real launchers. Two processes over gloo stand for two GPUs: `accelerate launch --cpu` would start only one."""
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,27 @@ def test_processes_that_do_not_know_of_each_other_are_refused(run_options, tmp_p
     """Without a GPU and without being told, Accelerate runs each process for itself, all on the same folder."""
     assert "2 processes were started, but Accelerate knows of 1" in run_two(run_options(), use_cpu="false", fails=True)
     assert not list((tmp_path / "run").glob("checkpoint_*"))
+
+
+def test_a_killed_launcher_leaves_a_checkpoint(run_options, tmp_path):
+    """SIGTERM to `accelerate launch` alone, as a scheduler may send it; the training process must not go on unseen."""
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=1"]
+    options = run_options(training__max_steps=100_000, training__save_every=100_000, training__eval_every=0)
+    metrics, checkpoints = tmp_path / "run" / "metrics.jsonl", tmp_path / "run"
+    launcher = subprocess.Popen(
+        [*launch, str(ROOT / "recipes" / "train.py"), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= 2)
+        launcher.terminate()
+        launcher.wait(30)
+        wait_for(lambda: list(checkpoints.glob("checkpoint_*/state/trainer.pt")))
+    finally:
+        launcher.kill()
+
+
+def wait_for(condition, timeout_s=90.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
