@@ -2,7 +2,6 @@
 
     python recipes/benchmark.py            # Moshi 7B: 100 s x 16 and 80 s x 1
     python recipes/benchmark.py --tiny     # the same on CPU with a tiny model, in seconds
-    python recipes/benchmark.py --loop     # what the training loop costs over a bare step, on the tiny model
 
 Prints one row of a Markdown table per setting. A step is forward, backward and AdamW on the adapter, with gradient
 checkpointing. A frame is 9 predicted tokens: text and 8 codebooks.
@@ -27,7 +26,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,13 +70,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on CPU instead of Moshi 7B on a GPU")
-    parser.add_argument("--loop", action="store_true", help="the training loop's overhead on the tiny model")
     parser.add_argument("--rank", type=int, default=128, help="of the adapter")
     parser.add_argument("--steps", type=int, default=3, help="steps measured, after one that is not")
     options = parser.parse_args()
-    if options.loop:
-        print(f"The training loop costs {100 * loop_overhead(num_steps=100):.1f} % over a bare step.")
-        return
     if not options.tiny and not torch.cuda.is_available():
         parser.exit(1, "There is no CUDA device.\nUse --tiny for a tiny model on CPU.\n")
     device = torch.device("cpu" if options.tiny else "cuda")
@@ -203,16 +197,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def loop_overhead(num_steps: int, folder: Path | None = None) -> float:
-    """Return what `hf_csm.training.loop` costs over `bare_step` on the tiny model: 0.1 is 10 % more time a step.
-
-    Args:
-        num_steps: of each, after warm-up.
-        folder: where the run writes; a temporary one by default.
-    """
-    raise NotImplementedError
 
 
 if __name__ == "__main__":

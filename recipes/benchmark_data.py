@@ -1,9 +1,11 @@
 """Rates of the data path, against what its libraries do bare. Each command prints one row of a Markdown table.
 
     python recipes/benchmark_data.py prepare
+    python recipes/benchmark_data.py loader
 
 `prepare` writes a synthetic RAVDESS of 1,440 clips and compares `hf-csm prepare` with a loop that only decodes,
 resamples and encodes FLAC, over the same files with as many processes; and measures how memory grows with the corpus.
+`loader` measures how fast laid-out micro-batches leave the mixture.
 """
 
 from __future__ import annotations
@@ -19,16 +21,27 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import soxr
+from sentencepiece import SentencePieceProcessor
 
+from hf_csm.config import DatasetConfig, Source
 from hf_csm.data.archive import Member, list_members
+from hf_csm.data.conversation import Composition
+from hf_csm.data.encode import plan_shards, window_table
+from hf_csm.data.layout import NO_TOKEN, Layout
+from hf_csm.data.mixture import MixtureLoader, WindowTable
 from hf_csm.data.prepare import prepare
+from hf_csm.data.schema import SPLITS, WINDOW_FEATURES
+from hf_csm.data.table import ShardWriter, split_files, write_card
 from hf_csm.data.workers import usable_cores
 from hf_csm.testing.ravdess import write_ravdess
-from hf_csm.units import SAMPLE_RATE
+from hf_csm.testing.tiny_moshi import write_tiny_tokenizer
+from hf_csm.units import FRAME_RATE, SAMPLE_RATE, samples_to_frames
 
 
 def machine() -> str:
@@ -106,11 +119,67 @@ def benchmark_prepare(num_runs: int = 3) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def benchmark_loader(num_batches: int = 200) -> str:
+    """Return a table row: how fast laid-out micro-batches leave the loader of one process, and their padding.
+
+    The conversations are those planned for the 1,440 clips of the speech corpus at 80 s; the codes are random, all 32
+    codebooks of the real Mimi.
+    """
+    layout = Layout((0, 0, *[1] * 7, 0, *[1] * 7), 8, 8, 3, 0, text_card=32_000, card=2048)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Path(scratch, "tokenizer.model")
+        write_tiny_tokenizer(tokenizer)
+        tokenize = SentencePieceProcessor(str(tokenizer)).encode
+        raw = write_ravdess(Path(scratch, "raw"), layout="actors")
+        prepare("ravdess", raw, Path(scratch, "prepared"), progress=False)
+        codes = Path(scratch, "codes")
+        _encode_at_random(Path(scratch, "prepared"), codes)
+        table = WindowTable([Source(str(codes))], "train", codec_sha256="0")
+        loader = MixtureLoader(table, layout, tokenize, DatasetConfig(), seed=0)
+        batches = loader.batches()
+        next(batches)
+        num_frames = num_padded = 0
+        begin = time.perf_counter()
+        for batch in islice(batches, num_batches):
+            padded = int((batch.codes[:, 1] == NO_TOKEN).sum())
+            num_padded += padded
+            num_frames += batch.codes[:, 1].numel() - padded
+        duration_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        next(loader.batches(start=3_000))
+        skip_s = time.perf_counter() - begin
+    cells = [
+        f"loader, {len(table)} windows of up to 80 s, {num_batches} micro-batches of 8 x 80 s",
+        f"{num_frames / FRAME_RATE / duration_s:,.0f} s of audio per second and core",
+        f"{num_padded / (num_frames + num_padded):.1%}",
+        f"{skip_s:.1f} s",
+        machine(),
+        datetime.date.today().isoformat(),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _encode_at_random(prepared: Path, out: Path) -> None:
+    """Write the table that `encode` would, with random codes instead of Mimi's."""
+    rng = np.random.default_rng(0)
+    files = [file for split in SPLITS for file in split_files(prepared, split)]
+    shards, _ = plan_shards(files, Composition(), variants=1)
+    for shard in shards:
+        with ShardWriter(out / "data" / shard.split / shard.name, WINDOW_FEATURES, compression="zstd") as writer:
+            for conversation in shard.conversations:
+                num_frames = samples_to_frames(conversation.num_samples)
+                codes = rng.integers(0, 2048, (2, 32, num_frames), dtype=np.int16)
+                writer.write(window_table(conversation, codes, "ravdess", shard.split))
+    metadata = {"stage": "codes", "codec_sha256": "0"}
+    write_card(out, features=WINDOW_FEATURES, title="random", license="other", splits={}, metadata=metadata, body="")
+
+
 BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
     "prepare": (
         "what | prepare | bare loop | ratio | peak memory, 240 -> 1,440 clips | machine | date",
         benchmark_prepare,
     ),
+    "loader": ("what | rate | padding | to skip 3,000 micro-batches | machine | date", benchmark_loader),
 }
 
 

@@ -233,11 +233,11 @@ def _write_shard(
         bar.update(round(_seconds(batch)))
     with ShardWriter(path, WINDOW_FEATURES, compression="zstd") as writer:
         for conversation in shard.conversations:
-            writer.write(_window_table(conversation, codes[conversation.id], corpus, shard.split))
+            writer.write(window_table(conversation, codes[conversation.id], corpus, shard.split))
 
 
-def _window_table(conversation: Conversation, codes: np.ndarray, corpus: str, split: str) -> pa.Table:
-    """Return a table of one window row."""
+def window_table(conversation: Conversation, codes: np.ndarray, corpus: str, split: str) -> pa.Table:
+    """Return the window row of a conversation and its `codes`, int16 `[2, Q, T]`, as a table."""
     schema = WINDOW_FEATURES.arrow_schema
     row = {
         "id": f"{corpus}-{conversation.id}",
