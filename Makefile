@@ -7,10 +7,12 @@ READY := $(VENV)/.ready
 
 export NO_TORCH_COMPILE := 1
 
-.PHONY: demo test lint format clean
+# Python 3.10 to 3.13 and make are all that has to be there.
+.PHONY: help setup demo test lint format clean
 .DEFAULT_GOAL := help
 
 help:
+	@echo "make setup   only install everything in .venv"
 	@echo "make demo    the whole way on the embedded model and corpus, on CPU; ends with a results table"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and mypy"
@@ -27,6 +29,8 @@ $(READY): pyproject.toml constraints.txt
 		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	fi
 	@touch $@
+
+setup: $(READY)
 
 demo: $(READY)
 	@$(BIN)/python recipes/demo.py

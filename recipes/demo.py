@@ -223,7 +223,8 @@ def samples_table(samples: list[Sample]) -> str:
             f"| {sample.voice} | {sample.emotion} | {sample.padding_share:.0%} | {sample.num_semantic_codes} "
             f"| {sample.level_db:.1f} |"
         )
-    return "\n".join(rows)
+    note = "A clip with a single semantic code is the same sound in every frame: the voice says nothing."
+    return "\n".join([*rows, "", note])
 
 
 def time_table(seconds: dict[str, float], total_s: float) -> str:

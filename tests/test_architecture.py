@@ -73,3 +73,10 @@ def test_tests_mirror_the_sources():
 
 def test_there_is_no_utils():
     assert not [path for path in SOURCES if path.stem in ("utils", "common", "helpers", "misc")]
+
+
+def test_the_readme_has_a_line_for_every_file():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in [*SOURCES, *(ROOT / "recipes").glob("*.py")]:
+        if path.name != "__init__.py":
+            assert f"{path.name} " in readme, path

@@ -32,20 +32,52 @@ FADE_S = 0.005
 
 @dataclass(frozen=True)
 class Clip:
-    """What planning needs to know of an utterance row.
+    """The spoken part of an utterance row.
 
     Attributes:
         place: file and row where its samples are.
         emotion: target emotion, or None if the clip can only be the user's.
-        words: `word, start_s, end_s`, seconds from the clip's first sample.
+        offset: first sample of the row's audio that is used.
+        num_samples: that are used.
+        words: `word, start_s, end_s`, seconds from the first sample used.
     """
 
     place: tuple[int, int]
     id: str
     speaker_id: str
     emotion: str | None
+    offset: Samples
     num_samples: Samples
     words: tuple[dict, ...]
+
+
+def trimmed_clip(row: dict, place: tuple[int, int], emotion: str | None, margin_s: Seconds) -> Clip:
+    """Return an utterance row without the quiet before its first word and after its last.
+
+    Corpora of read sentences carry a second of it on either side. Kept, it would be the pause that Moshi learns to
+    make before it answers, whatever gap is drawn.
+
+    Args:
+        row: `id, speaker_id, duration_s, words` of an utterance; without words, all of it is kept.
+        margin_s: kept around the words, because word times are not exact.
+    """
+    words = row["words"]
+    start_s = max(words[0]["start_s"] - margin_s, 0.0) if words else 0.0
+    end_s = min(words[-1]["end_s"] + margin_s, row["duration_s"]) if words else row["duration_s"]
+    offset = seconds_to_samples(start_s)
+    shift_s = samples_to_seconds(offset)
+    return Clip(
+        place=place,
+        id=row["id"],
+        speaker_id=row["speaker_id"],
+        emotion=emotion,
+        offset=offset,
+        num_samples=seconds_to_samples(end_s) - offset,
+        words=tuple(
+            {"word": word["word"], "start_s": word["start_s"] - shift_s, "end_s": word["end_s"] - shift_s}
+            for word in words
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +121,8 @@ class Composition:
     """Share of the places between Moshi's turns in which the user speaks."""
     room_tone_db: tuple[float, float] = (-70.0, -55.0)
     """Level of the room tone, drawn for each channel."""
+    margin_s: Seconds = 0.2
+    """What is kept of a clip before its first word and after its last."""
     seed: int = 0
     """Seed of every draw."""
 
@@ -177,14 +211,15 @@ def compose(
     """Return the waveform float32 `[2, S]` at 24 kHz: each turn at its place, over room tone.
 
     Args:
-        samples_of: gives a clip's samples, float32 `[S]` at 24 kHz.
+        samples_of: gives all samples of a clip's row, float32 `[S]` at 24 kHz.
     """
     rng = np.random.default_rng(conversation.seed)
     waveform = np.stack([room_tone(conversation.num_samples, rng, composition.room_tone_db) for _ in (MOSHI, USER)])
     fade = np.linspace(0.0, 1.0, seconds_to_samples(FADE_S), dtype=np.float32)
     for turn in conversation.turns:
-        samples = np.array(samples_of(turn.clip), dtype=np.float32)
-        assert samples.shape == (turn.clip.num_samples,), (samples.shape, turn.clip.num_samples)
+        clip = turn.clip
+        samples = np.array(samples_of(clip)[clip.offset : clip.offset + clip.num_samples], dtype=np.float32)
+        assert samples.shape == (clip.num_samples,), (samples.shape, clip.num_samples)
         if len(samples) >= 2 * len(fade):
             samples[: len(fade)] *= fade
             samples[-len(fade) :] *= fade[::-1]

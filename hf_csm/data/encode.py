@@ -19,11 +19,11 @@ from tqdm import tqdm
 from hf_csm.data.audio import decode_audio
 from hf_csm.data.codec import encode_waveforms
 from hf_csm.data.conversation import (
-    Clip,
     Composition,
     Conversation,
     compose,
     plan_conversations,
+    trimmed_clip,
     turns_of,
     words_of,
 )
@@ -40,7 +40,7 @@ from hf_csm.data.table import (
     write_card,
 )
 from hf_csm.errors import UserError
-from hf_csm.units import SAMPLES_PER_FRAME, samples_to_seconds, seconds_to_samples
+from hf_csm.units import SAMPLES_PER_FRAME, samples_to_seconds
 
 
 if TYPE_CHECKING:
@@ -182,16 +182,8 @@ def plan_shards(files: list[Path], composition: Composition, variants: int) -> t
     columns = ["id", "speaker_id", "emotion", "duration_s", "words", "split"]
     for file_index, file in enumerate(files):
         for row_index, row in enumerate(read_columns([file], columns).to_pylist()):
-            clips[row["split"]].append(
-                Clip(
-                    place=(file_index, row_index),
-                    id=row["id"],
-                    speaker_id=row["speaker_id"],
-                    emotion=None if row["emotion"] is None else EMOTIONS[row["emotion"]],
-                    num_samples=seconds_to_samples(row["duration_s"]),
-                    words=tuple(row["words"]),
-                )
-            )
+            emotion = None if row["emotion"] is None else EMOTIONS[row["emotion"]]
+            clips[row["split"]].append(trimmed_clip(row, (file_index, row_index), emotion, composition.margin_s))
     shards = []
     dropped: Counter[str] = Counter()
     for split in SPLITS:

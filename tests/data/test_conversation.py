@@ -4,39 +4,43 @@ import pytest
 from hf_csm.data.conversation import (
     MOSHI,
     USER,
-    Clip,
     Composition,
     compose,
     plan_conversations,
     room_tone,
+    trimmed_clip,
     turns_of,
     words_of,
 )
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME, seconds_to_samples
 
 
-def make_clips(num_speakers=3, clips_each=6, emotions=("happy", "sad"), duration_s=2.0):
-    clips = []
-    for speaker in range(num_speakers):
-        for number in range(clips_each):
-            emotion = emotions[number % len(emotions)]
-            words = ({"word": "hello", "start_s": 0.5, "end_s": 0.9}, {"word": "there", "start_s": 1.0, "end_s": 1.4})
-            clips.append(
-                Clip(
-                    place=(0, len(clips)),
-                    id=f"s{speaker}-{number}",
-                    speaker_id=f"s{speaker}",
-                    emotion=emotion,
-                    num_samples=seconds_to_samples(duration_s + 0.1 * number),
-                    words=words,
-                )
-            )
-    return clips
+def make_row(number, speaker=0, duration_s=2.0):
+    words = [{"word": "hello", "start_s": 0.5, "end_s": 0.9}, {"word": "there", "start_s": 1.0, "end_s": 1.4}]
+    return {
+        "id": f"s{speaker}-{number}",
+        "speaker_id": f"s{speaker}",
+        "duration_s": duration_s + 0.1 * number,
+        "words": words,
+    }
+
+
+def make_clips(num_speakers=3, clips_each=6, emotions=("happy", "sad"), duration_s=2.0, margin_s=9.0):
+    return [
+        trimmed_clip(
+            make_row(number, speaker, duration_s),
+            (0, speaker * clips_each + number),
+            emotions[number % len(emotions)],
+            margin_s,
+        )
+        for speaker in range(num_speakers)
+        for number in range(clips_each)
+    ]
 
 
 def samples_of(clip):
-    """A tone whose pitch tells the clips apart."""
-    times = np.arange(clip.num_samples) / SAMPLE_RATE
+    """A tone whose pitch tells the rows apart."""
+    times = np.arange(10 * SAMPLE_RATE) / SAMPLE_RATE
     return (0.3 * np.sin(2 * np.pi * (200 + 20 * clip.place[1]) * times)).astype(np.float32)
 
 
@@ -95,7 +99,7 @@ def test_a_clip_that_fits_no_conversation_is_left_out():
 
 
 def test_unlabelled_clips_are_the_users_only():
-    clips = [*make_clips(2), Clip((0, 99), "x", "s9", None, 30_000, ())]
+    clips = [*make_clips(2), trimmed_clip({**make_row(0, 9), "id": "x", "words": []}, (0, 99), None, 0.2)]
     turns = [t for c in plan_conversations(clips, COMPOSITION) for t in c.turns]
     assert all(turn.clip.emotion is not None for turn in turns if turn.channel == MOSHI)
     assert any(turn.clip.id == "x" for turn in turns)
@@ -130,21 +134,39 @@ def test_neither_channel_is_ever_digitally_silent_nor_a_copy():
         assert abs(np.corrcoef(waveform)[0, 1]) < 0.2
 
 
-def test_the_waveform_at_a_words_time_is_the_clips():
-    """The heart of the text stream: a word is heard where its time says."""
+@pytest.mark.parametrize("margin_s", [0.0, 0.2, 9.0])
+def test_the_waveform_at_a_words_time_is_the_clips(margin_s):
+    """The heart of the text stream: a word is heard where its time says, however much of the clip is cut away."""
     quiet = Composition(duration_s=20.0, room_tone_db=(-90.0, -90.0))
-    for conversation in plan_conversations(make_clips(), quiet):
+    for conversation in plan_conversations(make_clips(margin_s=margin_s), quiet):
         waveform = compose(conversation, samples_of, quiet)
         words = iter(words_of(conversation))
         for turn in conversation.turns:
-            clip_samples = samples_of(turn.clip)
-            for own in turn.clip.words:
+            for own in make_row(0)["words"]:
                 word = next(words)
                 assert (word["word"], word["channel"]) == (own["word"], turn.channel)
-                heard = waveform[word["channel"], seconds_to_samples(word["start_s"]) :][:4800]
-                meant = clip_samples[seconds_to_samples(own["start_s"]) :][:4800]
+                # A hundredth of a second into the word: its edge may lie in the fade.
+                heard = waveform[word["channel"], seconds_to_samples(word["start_s"] + 0.01) :][:4800]
+                meant = samples_of(turn.clip)[seconds_to_samples(own["start_s"] + 0.01) :][:4800]
                 assert np.abs(heard - meant).max() < 1e-3
         assert next(words, None) is None
+
+
+def test_the_quiet_around_the_words_of_a_clip_is_cut_to_the_margin():
+    clip = trimmed_clip(make_row(0, duration_s=3.0), (0, 0), "sad", margin_s=0.2)
+    assert clip.offset == seconds_to_samples(0.3)
+    assert clip.num_samples == seconds_to_samples(1.6 - 0.3)
+    assert [word["start_s"] for word in clip.words] == pytest.approx([0.2, 0.7])
+
+
+def test_a_margin_never_reaches_beyond_the_clip():
+    clip = trimmed_clip(make_row(0), (0, 0), "sad", margin_s=9.0)
+    assert (clip.offset, clip.num_samples) == (0, seconds_to_samples(2.0))
+
+
+def test_a_clip_without_words_is_kept_whole():
+    clip = trimmed_clip({**make_row(0), "words": []}, (0, 0), None, margin_s=0.2)
+    assert (clip.offset, clip.num_samples) == (0, seconds_to_samples(2.0))
 
 
 def test_turns_and_words_are_stored_in_seconds():

@@ -183,7 +183,7 @@ def test_only_the_wanted_emotions_are_kept(base, codes):
 def test_long_windows_are_cut(base, codes, layout, tokenize):
     table = WindowTable([Source(str(codes))], "train", codec_sha256=codec_sha256(base), max_frames=60)
     assert table.num_frames.max() == 60
-    assert table.num_cut == len(table) > 0
+    assert 0 < table.num_cut <= len(table)
     batch = next(make_loader(table, layout, tokenize, duration_sec=4.8).batches())
     assert batch.codes.shape[2] <= 60 + layout.max_delay
 
