@@ -5,6 +5,8 @@ import os
 os.environ["NO_TORCH_COMPILE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# For the processes that tests start, too: two on two cores with two threads each wait for each other most of the time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path  # noqa: E402
 

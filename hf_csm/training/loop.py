@@ -116,6 +116,7 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
     )
     if resume_path is not None:
         load_adapter(model, resume_path / "adapter")
+    model.train()
     optimizer = build_optimizer(adapter_parameters(model), config.optimizer)
     loader = MixtureLoader(
         train_table,
@@ -286,7 +287,7 @@ def train_step(
             "No weight was changed. Resume from the last checkpoint with a lower optimizer.lr, or check that window.",
         )
     max_norm = config.training.max_grad_norm or float("inf")
-    grad_norm = accelerator.clip_grad_norm_(adapter_parameters(model), max_norm)
+    grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
     optimizer.step()
     optimizer.zero_grad()
     sums, counts = totals[5:].view(2, -1)

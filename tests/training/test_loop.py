@@ -94,6 +94,16 @@ def test_resuming_continues_bit_for_bit(straight, run_config, tmp_path):
     assert_same_weights(last, straight / "checkpoint_000010")
 
 
+def test_dropout_is_on_and_resumes_bit_for_bit(straight, run_config, tmp_path):
+    options = {"lora__dropout": 0.5, "training__max_steps": 4, "training__save_every": 2, "training__eval_every": 0}
+    train(run_config(**options, run_dir=tmp_path / "dropout"), consolidate)
+    dropped = losses(tmp_path / "dropout")
+    assert dropped[1] == losses(straight)[1]  # a fresh adapter adds nothing to drop from
+    assert dropped[3] != losses(straight)[3]
+    train(run_config(**options, resume_from_checkpoint=tmp_path / "dropout" / "checkpoint_000002"), consolidate)
+    assert losses(tmp_path / "run") == {step: dropped[step] for step in (3, 4)}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint_and_latest_goes_on(straight, run_config, tmp_path, monkeypatch, number):
     real, calls = loop.train_step, []

@@ -1,0 +1,79 @@
+"""What only a GPU can show. `pytest -m gpu` on a machine with one; skipped elsewhere."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_csm.data.codec import encode_waveforms
+from hf_csm.export.native import consolidate
+from hf_csm.models.lora import adapter_parameters, add_lora
+from hf_csm.models.moshi import find_checkpoint, load_mimi, load_moshi
+from hf_csm.training.loop import train
+from hf_csm.training.metrics_log import read_metrics
+from hf_csm.units import SAMPLES_PER_FRAME
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_moshi):
+    return find_checkpoint(str(tiny_moshi))
+
+
+def random_codes(layout, num_frames=60):
+    codes = torch.randint(layout.card, (2, layout.num_streams, num_frames), generator=torch.Generator().manual_seed(0))
+    codes[:, :, -layout.max_delay :] = -1
+    return codes
+
+
+def test_bfloat16_on_the_gpu_agrees_with_float32_on_the_cpu(base):
+    cpu = load_moshi(base, dtype=torch.float32)
+    gpu = load_moshi(base, device="cuda", dtype=torch.bfloat16)
+    codes = random_codes(cpu.layout)
+    with torch.no_grad():
+        expected, found = cpu(codes), gpu(codes.cuda())
+    assert torch.equal(expected.mask, found.mask.cpu())
+    assert found.nll.dtype == torch.float32
+    torch.testing.assert_close(found.nll.cpu().mean(), expected.nll.mean(), rtol=0.02, atol=0.0)
+
+
+def test_gradients_of_float32_adapters_flow_through_a_bfloat16_base(base):
+    model = load_moshi(base, device="cuda", dtype=torch.bfloat16, gradient_checkpointing=True)
+    add_lora(model, rank=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]).train()
+    with torch.autocast("cuda", torch.bfloat16):
+        model(random_codes(model.layout).cuda()).nll.sum().backward()
+    for weight in adapter_parameters(model):
+        assert weight.dtype == torch.float32
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all()
+
+
+def test_codes_of_the_gpu_are_those_of_the_cpu(base):
+    rng = np.random.default_rng(0)
+    waveform = (0.1 * rng.standard_normal((2, 300 * SAMPLES_PER_FRAME))).astype(np.float32)
+    (cpu,) = encode_waveforms(load_mimi(base), [waveform])
+    (gpu,) = encode_waveforms(load_mimi(base, "cuda"), [waveform])
+    assert (cpu == gpu).mean() > 0.99  # float32 sums in another order flip a code now and then
+
+
+def test_a_run_on_the_gpu_learns_and_resumes(base, codes, tmp_path):
+    from hf_csm.config import DatasetConfig, LoraSettings, MoshiPaths, OptimizerConfig, RunConfig, TrainingConfig
+
+    def config(run_dir, resume=None):
+        return RunConfig(
+            run_dir=str(tmp_path / run_dir),
+            resume_from_checkpoint=resume,
+            moshi_paths=MoshiPaths(base.name_or_path),
+            dataset=DatasetConfig(manifest_path=str(codes), duration_sec=12, batch_size=2),
+            lora=LoraSettings(rank=4, alpha=8),
+            optimizer=OptimizerConfig(lr=0.003),
+            training=TrainingConfig(max_steps=6, save_every=3, eval_every=3, eval_windows=4, trackers=[]),
+        )
+
+    train(config("straight"), consolidate)
+    train(config("resumed", str(tmp_path / "straight" / "checkpoint_000003")), consolidate)
+    straight = [line["loss"] for line in read_metrics(tmp_path / "straight" / "metrics.jsonl") if "loss" in line]
+    resumed = [line["loss"] for line in read_metrics(tmp_path / "resumed" / "metrics.jsonl") if "loss" in line]
+    assert straight[-1] < straight[0]
+    assert resumed == pytest.approx(straight[3:], rel=1e-3)
