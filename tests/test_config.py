@@ -15,6 +15,15 @@ def test_every_recipe_yaml_is_valid(path):
     assert isinstance(parse_run_config(["--config", str(path)]), RunConfig)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_accelerate_yaml_is_valid(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
+    assert len(path.read_text().splitlines()) <= 10
+
+
 def test_the_guide_yaml_holds_the_guides_values():
     config = parse_run_config(["--config", str(ROOT / GUIDE)])
     assert config.moshi_paths.hf_repo_id == "kyutai/moshiko-pytorch-bf16"

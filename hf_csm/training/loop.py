@@ -188,7 +188,7 @@ def _run(
     with StopRequest() as stop, bar:
         while True:
             step = progress.step
-            is_last = step == options.max_steps
+            is_last = step >= options.max_steps  # a resumed run may have been told to be shorter
 
             # once in a while: evaluate on the validation split
             is_due = options.eval_every > 0 and (step % options.eval_every == 0 or is_last)

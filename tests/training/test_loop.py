@@ -126,6 +126,11 @@ def test_a_signal_writes_a_checkpoint_and_latest_goes_on(straight, run_config, t
     assert_same_weights(last, straight / "checkpoint_000010")
 
 
+def test_a_run_resumed_beyond_its_last_step_ends(straight, run_config):
+    last = train(run_config(resume_from_checkpoint=straight / "checkpoint_000005", training__max_steps=3), consolidate)
+    assert last.name == "checkpoint_000005"
+
+
 def test_latest_without_checkpoint_starts_afresh(run_config, tmp_path):
     train(run_config(resume_from_checkpoint="latest", training__max_steps=1), consolidate)
     assert list(losses(tmp_path / "run")) == [1]
