@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--raw", nargs="+", help="folder, zip files or URLs of the corpus (default: download it from its home)"
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder to write")
+    prepare.add_argument("--subsets", nargs="+", help="parts of the corpus: speech, song for ravdess (default: all)")
     prepare.add_argument("--num-workers", type=int, help="processes (default: one per core)")
     prepare.add_argument("--align-model", help="CTC model (Hub id or folder) for word times instead of energy")
     prepare.add_argument("--overwrite", action="store_true", help="replace what --out holds")
@@ -119,6 +120,7 @@ def _prepare(options: argparse.Namespace) -> None:
         num_workers=options.num_workers,
         align_model=options.align_model,
         overwrite=options.overwrite,
+        **({} if options.subsets is None else {"subsets": tuple(options.subsets)}),
     )
     print(report.render())
 

@@ -90,6 +90,7 @@ def bad_inputs(tmp_path, prepared, codes, tiny_moshi):
     return {
         "unknown corpus": (["prepare", "ravdes", "--raw", str(tmp_path), *out], "ravdess"),
         "missing folder": (["prepare", "ravdess", "--raw", str(tmp_path / "nowhere"), *out], "nowhere"),
+        "unknown subset": (["prepare", "ravdess", "--raw", str(tmp_path), "--subsets", "talk", *out], "talk"),
         "empty folder": (["prepare", "ravdess", "--raw", str(tmp_path / "empty"), *out], "empty"),
         "not prepared": (["encode", str(tmp_path / "empty"), "--base-model", str(tiny_moshi), *out], "empty"),
         "base without tokenizer": (
@@ -110,6 +111,7 @@ def bad_inputs(tmp_path, prepared, codes, tiny_moshi):
 BAD_INPUTS = (
     "unknown corpus",
     "missing folder",
+    "unknown subset",
     "empty folder",
     "not prepared",
     "base without tokenizer",
