@@ -11,9 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_csm import __version__
 from hf_csm.errors import UserError
+
+
+GO_ON = "Run the same command again to go on; training also needs --resume-from-checkpoint latest."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +36,7 @@ def run_command(command: Callable[[], object], *, debug: bool = False) -> int:
     try:
         command()
     except KeyboardInterrupt:
-        print("\nInterrupted. Run the same command again to go on.", file=sys.stderr)
+        print(f"\nInterrupted. {GO_ON}", file=sys.stderr)
         return 130
     except Exception as error:
         message = explain(error)
@@ -49,8 +53,9 @@ def explain(error: Exception) -> tuple[str, str] | None:
         return error.problem, error.remedy
     code = error.errno if isinstance(error, OSError) else None
     where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
-        return f"The disk is full{where}.", "Free some space and run the same command again: it goes on."
+    is_full = any(words in str(error) for words in ("No space left", "PytorchStreamWriter", "inline_container"))
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or is_full:
+        return f"The disk is full{where}.", f"Free some space. {GO_ON}"
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"Not allowed to write or read{where}: {os.strerror(code)}.", "Give a folder that you may write to."
     if isinstance(error, OSError) and where:
@@ -113,6 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _prepare(options: argparse.Namespace) -> None:
     from hf_csm.data.prepare import prepare
 
+    if options.num_workers is not None and options.num_workers < 1:
+        raise UserError(f"--num-workers is {options.num_workers}.", "Give a whole number of at least 1.")
+    corpus_options: dict[str, Any] = {} if options.subsets is None else {"subsets": tuple(options.subsets)}
     report = prepare(
         options.corpus,
         options.raw,
@@ -120,7 +128,7 @@ def _prepare(options: argparse.Namespace) -> None:
         num_workers=options.num_workers,
         align_model=options.align_model,
         overwrite=options.overwrite,
-        **({} if options.subsets is None else {"subsets": tuple(options.subsets)}),
+        **corpus_options,
     )
     print(report.render())
 
@@ -134,16 +142,22 @@ def _encode(options: argparse.Namespace) -> None:
 
     if options.variants < 1:
         raise UserError(f"--variants is {options.variants}.", "Give a whole number of at least 1.")
+    if options.batch_sec is not None and not options.batch_sec > 0:
+        raise UserError(f"--batch-sec is {options.batch_sec:g}.", "Give more than 0 seconds.")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used: {reason}", "Give cpu, or cuda with a GPU.") from error
+    composition = Composition(duration_s=options.duration_sec, lead_in_s=tuple(options.lead_in_s), seed=options.seed)
     base = find_checkpoint(options.base_model, options.revision)
     report = encode(
         options.prepared,
         options.out,
         load_mimi(base, device),
         codec_sha256(base),
-        composition=Composition(
-            duration_s=options.duration_sec, lead_in_s=tuple(options.lead_in_s), seed=options.seed
-        ),
+        composition=composition,
         variants=options.variants,
         batch_s=options.batch_sec,
     )

@@ -92,11 +92,15 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         _at_least("dataset.duration_sec", self.duration_sec, 0.0, above=True)
         _at_least("dataset.batch_size", self.batch_size, 1)
-        if not 0.0 <= self.prefix_dropout <= 1.0:
-            raise UserError(f"dataset.prefix_dropout is {self.prefix_dropout}.", "Give a share from 0 to 1.")
-        if "{emotion}" not in self.prefix_template:
+        _share("dataset.prefix_dropout", self.prefix_dropout)
+        try:
+            names_emotion = self.prefix_template.format(emotion="sad") != self.prefix_template
+        except (KeyError, IndexError, ValueError):
+            names_emotion = False
+        if not names_emotion:
             raise UserError(
-                f"dataset.prefix_template is {self.prefix_template!r}.", "Put {emotion} where the emotion's name goes."
+                f"dataset.prefix_template is {self.prefix_template!r}.",
+                "Put {emotion} where the emotion's name goes, and no other braces.",
             )
         if self.manifest_path and self.sources:
             raise UserError(
@@ -138,6 +142,8 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         _at_least("lora.rank", self.rank, 1)
+        _at_least("lora.alpha", self.alpha, 0.0, above=True)
+        _share("lora.dropout", self.dropout, below_one=True)
         if not self.enable:
             raise UserError("lora.enable is false.", "Set it to true: training the whole base model is not supported.")
         if self.scaling is not None and abs(self.scaling - self.alpha / self.rank) > 1e-6:
@@ -159,6 +165,10 @@ class LossConfig:
     """Weight of codebook 0, the semantic one."""
     other_codebooks_weight: float = 1.0
     """Weight of each other codebook, where timbre and prosody live."""
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            _at_least(f"loss.{option.name}", getattr(self, option.name), 0.0)
 
 
 @dataclass
@@ -190,6 +200,9 @@ class TrainingConfig:
         _at_least("training.save_every", self.save_every, 1)
         _at_least("training.log_every", self.log_every, 1)
         _at_least("training.eval_every", self.eval_every, 0)
+        _at_least("training.eval_windows", self.eval_windows, 1)
+        _at_least("training.keep_checkpoints", self.keep_checkpoints, 0)
+        _at_least("training.max_grad_norm", self.max_grad_norm, 0.0)
         unknown = sorted(set(self.trackers) - {"tensorboard", "wandb", "trackio"})
         if unknown:
             raise UserError(
@@ -212,6 +225,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _at_least("optimizer.lr", self.lr, 0.0, above=True)
+        _at_least("optimizer.weight_decay", self.weight_decay, 0.0)
+        for beta in self.betas:
+            _share("optimizer.betas", beta, below_one=True)
 
 
 @dataclass
@@ -222,6 +238,10 @@ class SchedulerConfig:
     """Steps from 0 to the peak."""
     min_lr_ratio: float = 0.0
     """Share of the peak that is left at the last step."""
+
+    def __post_init__(self) -> None:
+        _at_least("scheduler.num_warmup_steps", self.num_warmup_steps, 0)
+        _share("scheduler.min_lr_ratio", self.min_lr_ratio)
 
 
 @dataclass
@@ -250,6 +270,9 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     advanced: AdvancedConfig = field(default_factory=AdvancedConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
 
 
 def parse_run_config(argv: list[str] | None = None, prog: str | None = None) -> RunConfig:
@@ -341,5 +364,10 @@ def _check_yaml(path: Path) -> None:
 
 
 def _at_least(name: str, value: float, minimum: float, *, above: bool = False) -> None:
-    if value < minimum or (above and value == minimum):
+    if not (value > minimum if above else value >= minimum):  # written so that NaN fails
         raise UserError(f"{name} is {value}.", f"Give a number {'above' if above else 'of at least'} {minimum:g}.")
+
+
+def _share(name: str, value: float, *, below_one: bool = False) -> None:
+    if not (0.0 <= value < 1.0 if below_one else 0.0 <= value <= 1.0):
+        raise UserError(f"{name} is {value}.", f"Give a number from 0 to {'below ' if below_one else ''}1.")

@@ -1,6 +1,6 @@
 """Train a LoRA adapter on Moshi.
 
-    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/train.py \
+    accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml recipes/train.py \
         --config recipes/configs/expressive_finetuning.yaml --lora.rank 64
 
 Every option of the YAML file can be given on the command line; `--help` lists them.
@@ -13,18 +13,17 @@ import sys
 
 from hf_csm.cli import run_command
 from hf_csm.config import parse_run_config
+from hf_csm.training.interrupt import stop_with_launcher
 
 
 def main(argv: list[str]) -> None:
     """Parse the options and train."""
+    stop_with_launcher()
     config = parse_run_config(argv)
 
     # `--help` and a misspelt option answer at once: the heavy imports come after.
     from hf_csm.export.native import consolidate
-    from hf_csm.training.interrupt import stop_with_parent
     from hf_csm.training.loop import train
-
-    stop_with_parent()
 
     checkpoint = train(config, consolidate)
     if int(os.environ.get("RANK", 0)) == 0:

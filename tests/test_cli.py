@@ -99,6 +99,20 @@ def bad_inputs(tmp_path, prepared, codes, tiny_moshi):
         ),
         "missing base": (["encode", str(prepared), "--base-model", str(tmp_path / "no"), *out], "no"),
         "no variants": (["encode", str(prepared), "--base-model", str(tiny_moshi), "--variants", "0", *out], "0"),
+        "no workers": (["prepare", "ravdess", "--raw", str(tmp_path), "--num-workers", "-3", *out], "-3"),
+        "unknown device": (
+            ["encode", str(prepared), "--base-model", str(tiny_moshi), "--device", "tpu9", *out],
+            "tpu9",
+        ),
+        "range the wrong way": (
+            ["encode", str(prepared), "--base-model", str(tiny_moshi), "--lead-in-s", "2", "1", *out],
+            "2 to 1",
+        ),
+        "conversations too short": (
+            ["encode", str(prepared), "--base-model", str(tiny_moshi), "--duration-sec", "2", *out],
+            "2 seconds",
+        ),
+        "no batch": (["encode", str(prepared), "--base-model", str(tiny_moshi), "--batch-sec", "-1", *out], "-1"),
         "codes encoded again": (["encode", str(codes), "--base-model", str(tiny_moshi), *out], "not a prepared"),
         "no checkpoint": (["export", str(tmp_path / "empty"), *out], "empty"),
         "out cannot be made": (
@@ -117,6 +131,11 @@ BAD_INPUTS = (
     "base without tokenizer",
     "missing base",
     "no variants",
+    "no workers",
+    "unknown device",
+    "range the wrong way",
+    "conversations too short",
+    "no batch",
     "codes encoded again",
     "no checkpoint",
     "out cannot be made",
@@ -131,4 +150,4 @@ def test_bad_input_ends_with_two_lines_that_name_it(name, tmp_path, prepared, co
     assert len(lines) == 2, lines
     assert lines[0].startswith("error: ")
     assert named in lines[0]
-    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]

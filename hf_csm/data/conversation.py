@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_csm.errors import UserError
 from hf_csm.units import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -123,6 +124,22 @@ class Composition:
     """Level of the room tone, drawn for each channel."""
     margin_s: Seconds = 0.2
     """What is kept of a clip before its first word and after its last."""
+
+    def __post_init__(self) -> None:
+        for name in ("lead_in_s", "gap_s"):
+            low, high = getattr(self, name)
+            if not 0.0 <= low <= high:
+                raise UserError(
+                    f"The range {name} of a composition is {low:g} to {high:g} seconds.",
+                    "Give the smaller number first, neither below 0.",
+                )
+        if not self.duration_s > 0.0:
+            raise UserError(
+                f"Conversations of {self.duration_s:g} seconds were asked for.", "Give more than 0 seconds."
+            )
+        if self.seed < 0:
+            raise UserError(f"The seed is {self.seed}.", "Give a whole number of at least 0.")
+
     seed: int = 0
     """Seed of every draw."""
 

@@ -132,6 +132,11 @@ def encode(
     files = [path for split in SPLITS for path in split_files(prepared, split)]
     clip_audio = ParquetRows(files, columns=["audio"], cache_bytes=AUDIO_CACHE_BYTES)
     shards, dropped = plan_shards(files, composition, variants)
+    if not shards:
+        raise UserError(
+            f"No clip of {prepared} fits a conversation of {composition.duration_s:g} seconds.",
+            "Give a longer --duration-sec or a shorter --lead-in-s.",
+        )
     report = EncodeReport(_count(shards), dropped)
     if out.exists():
         if (
@@ -143,6 +148,7 @@ def encode(
         raise UserError(f"{out} exists and holds something else.", "Choose another --out, or remove that folder.")
 
     staging = out.parent / f".{out.name}.{metadata['fingerprint'][:12]}.partial"
+    staging.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found out now, not after a shard
     hours = sum(hours for _, hours in report.cells.values())
     with tqdm(total=round(hours * 3600), unit="s", desc=f"encode {card['corpus']}", disable=not progress) as bar:
         for shard in shards:

@@ -233,8 +233,12 @@ class MixtureLoader:
         self.probabilities = cell_probabilities(self.cells, config.balance)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield this process's micro-batches without end, from its number `start` on."""
-        groups = islice(self._groups(), start * self.world_size + self.rank, None, self.world_size)
+        """Yield this process's micro-batches without end.
+
+        Args:
+            start: micro-batches that all processes together have already had.
+        """
+        groups = islice(self._groups(), start + self.rank, None, self.world_size)
         for group in groups:
             yield collate([self._window(draw, row) for draw, row in group], self.layout)
 

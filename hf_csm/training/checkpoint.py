@@ -6,6 +6,7 @@ The base model is never written.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_csm.config import RunConfig
 from hf_csm.errors import UserError
 from hf_csm.models.lora import save_adapter
 from hf_csm.models.moshi import MoshiCheckpoint, MoshiLM
@@ -35,6 +37,7 @@ class Progress:
 
     Attributes:
         step: optimizer steps taken.
+        num_micro_batches: that all processes together have had.
         evaluated_step: step of the last evaluation, -1 for none.
         evaluated_loss: its loss with the adapter.
         best_step: step of the checkpoint with the lowest evaluation loss, -1 for none.
@@ -42,6 +45,7 @@ class Progress:
     """
 
     step: int = 0
+    num_micro_batches: int = 0
     evaluated_step: int = -1
     evaluated_loss: float = float("inf")
     best_step: int = -1
@@ -81,6 +85,11 @@ def find_checkpoint_to_resume(run_dir: Path, wanted: str | None) -> Path | None:
             f"{path} is not a checkpoint of a run.",
             "Give a folder such as checkpoints/run/checkpoint_000500, or `latest`.",
         )
+    if existing and path.resolve().parent == run_dir.resolve() and path.resolve() != existing[-1].resolve():
+        raise UserError(
+            f"{run_dir} goes on to {existing[-1].name}; resuming from {path.resolve().name} would mix two runs.",
+            "Choose another --run_dir for the branch, or move the later checkpoints away.",
+        )
     return path
 
 
@@ -90,6 +99,7 @@ def save_checkpoint(
     model: MoshiLM,
     base: MoshiCheckpoint,
     optimizer: torch.optim.Optimizer,
+    config: RunConfig,
     accelerator: Accelerator,
     consolidate: Consolidate,
 ) -> Path:
@@ -104,7 +114,8 @@ def save_checkpoint(
         save_adapter(model, unfinished / "adapter")
         consolidate(model, base, unfinished / "consolidated")
         torch.save(
-            {"optimizer": optimizer.state_dict(), "progress": asdict(progress)}, unfinished / "state" / "trainer.pt"
+            {"optimizer": optimizer.state_dict(), "progress": asdict(progress), "config": options_of(config)},
+            unfinished / "state" / "trainer.pt",
         )
     torch.save(_rng_state(), unfinished / "state" / f"rng_{accelerator.process_index:05d}.pt")
     accelerator.wait_for_everyone()
@@ -115,8 +126,22 @@ def save_checkpoint(
     return path
 
 
-def load_state(path: Path, optimizer: torch.optim.Optimizer, process_index: int) -> Progress:
+def options_of(config: RunConfig) -> dict[str, object]:
+    """Return the options that shape a run's trajectory, by dotted name, as plain data."""
+    tree = json.loads(json.dumps(asdict(config)))
+    flat: dict[str, object] = {"seed": tree["seed"]}
+    for group in ("moshi_paths", "dataset", "lora", "loss", "training", "optimizer", "scheduler"):
+        flat |= {f"{group}.{name}": value for name, value in tree[group].items()}
+    for name in ("trackers", "save_every", "keep_checkpoints", "eval_every", "eval_windows", "log_every"):
+        del flat[f"training.{name}"]
+    return flat
+
+
+def load_state(path: Path, optimizer: torch.optim.Optimizer, process_index: int) -> tuple[Progress, dict[str, object]]:
     """Restore the optimizer and this process's random numbers; the adapter is loaded with the model.
+
+    Returns:
+        Where the run stood, and its `options_of`.
 
     Raises:
         UserError: a state file is damaged.
@@ -132,7 +157,7 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, process_index: int)
             f"{path}/state cannot be read: {' '.join(str(error).split())[:200]}",
             "Resume from an earlier checkpoint with --resume-from-checkpoint PATH.",
         ) from error
-    return Progress(**state["progress"])
+    return Progress(**state["progress"]), state["config"]
 
 
 def mark_best(run_dir: Path, step: int) -> None:

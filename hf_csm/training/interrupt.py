@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -10,6 +11,8 @@ from types import FrameType, TracebackType
 
 
 PR_SET_PDEATHSIG = 1
+LAUNCHERS_SET = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}
+"""Variables that torchrun and `accelerate launch` give to the processes they start."""
 
 
 class StopRequest:
@@ -42,10 +45,15 @@ class StopRequest:
         self.signal_number = self.signal_number or number
 
 
-def stop_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher is gone, so that no run goes on unseen. Does nothing off Linux.
+def stop_with_launcher() -> None:
+    """Under a launcher, ask the kernel for SIGTERM when it is gone, so that no run goes on unseen. Linux only.
 
-    `accelerate launch` hands signals to a single process only when they come from the terminal.
+    `accelerate launch` hands signals to a single process only when they come from the terminal. A run that was started
+    by itself keeps going when its shell ends, as `nohup` wants it.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform != "linux" or not LAUNCHERS_SET & os.environ.keys():
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it went in between
+        os.kill(os.getpid(), signal.SIGTERM)

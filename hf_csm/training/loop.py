@@ -30,6 +30,7 @@ from hf_csm.training.checkpoint import (
     find_checkpoint_to_resume,
     load_state,
     mark_best,
+    options_of,
     remove_old_checkpoints,
     save_checkpoint,
 )
@@ -131,7 +132,11 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
     forward, optimizer = accelerator.prepare(model, optimizer)
     progress = Progress()
     if resume_path is not None:
-        progress = load_state(resume_path, optimizer, accelerator.process_index)
+        progress, was = load_state(resume_path, optimizer, accelerator.process_index)
+        changed = {name: value for name, value in options_of(config).items() if was.get(name) != value}
+        if changed:
+            text = ", ".join(f"{name} {was.get(name)} -> {value}" for name, value in changed.items())
+            logger.warning(f"This run differs from the one that wrote {resume_path}: {text}.")
     accelerator.init_trackers("hf-csm")
     log = MetricsLog(run_dir / "metrics.jsonl", accelerator, None if resume_path is None else progress.step)
     if accelerator.is_main_process:
@@ -142,6 +147,11 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
         windows = [lay_out_row(validation_table, row, model.layout, tokenize, config.dataset) for row in rows]
         return collate(windows, model.layout)
 
+    if config.training.eval_every and not len(validation_table):
+        raise UserError(
+            "The validation split has no windows.",
+            "Name a table that has some with dataset.val_manifest_path, or set training.eval_every to 0.",
+        )
     eval_batches = validation_batches(validation_table, config.dataset, max_windows=config.training.eval_windows)
     base_losses: dict[str, float] = {}
 
@@ -152,7 +162,7 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
                 base_losses.update(score("eval_base_"))
         return score("eval_") | base_losses
 
-    save = partial(save_checkpoint, run_dir, progress, model, base, optimizer, accelerator, consolidate)
+    save = partial(save_checkpoint, run_dir, progress, model, base, optimizer, config, accelerator, consolidate)
     try:
         return _run(config, run_dir, accelerator, model, forward, optimizer, loader, progress, log, evaluate, save)
     finally:
@@ -175,7 +185,7 @@ def _run(
     """Step, evaluate and save until the last step or a signal; return the last checkpoint."""
     options = config.training
     resumed_step = progress.step
-    batches = loader.batches(start=progress.step * options.gradient_accumulation_steps)
+    batches = loader.batches(start=progress.num_micro_batches)
     stop_signal = 0
     checkpoint = run_dir
     bar = tqdm(
@@ -220,6 +230,7 @@ def _run(
             set_learning_rate(optimizer, rate)
             result = train_step(batches, model, forward, optimizer, accelerator, config, stop)
             progress.step += 1
+            progress.num_micro_batches += options.gradient_accumulation_steps * accelerator.num_processes
             stop_signal = result.stop_signal
             duration_s = time.perf_counter() - start
 
@@ -280,14 +291,15 @@ def train_step(
     if stop is not None and stop.signal_number:  # one process may be told, all must stop after the same step
         totals[3 if stop.signal_number == signal.SIGINT else 4] = 1
     totals = accelerator.reduce(totals, reduction="sum").cpu()
-    if not totals[0].isfinite():
-        optimizer.zero_grad()
-        raise UserError(
-            f"The loss is {float(totals[0])} in a step that began with window {collected[0].ids[0]}.",
-            "No weight was changed. Resume from the last checkpoint with a lower optimizer.lr, or check that window.",
-        )
     max_norm = config.training.max_grad_norm or float("inf")
     grad_norm = accelerator.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+    for name, value in (("loss", totals[0]), ("gradient norm", grad_norm)):
+        if not value.isfinite():
+            optimizer.zero_grad()
+            raise UserError(
+                f"The {name} is {float(value)} in a step that began with window {collected[0].ids[0]}.",
+                "No weight was changed. Resume with a lower optimizer.lr, or check that window's codes.",
+            )
     optimizer.step()
     optimizer.zero_grad()
     sums, counts = totals[5:].view(2, -1)
@@ -313,10 +325,18 @@ def _build_accelerator(config: RunConfig, run_dir: Path) -> Accelerator:
         log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "logs")),
     )
-    if accelerator.distributed_type == DistributedType.FSDP:
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in known:
         raise UserError(
-            "Accelerate is set to FSDP; adapters on a base spread over GPUs cannot be saved yet.",
+            f"Accelerate is set to {accelerator.distributed_type.value}, which splits the base; not supported yet.",
             "Launch with accelerate_configs/multi_gpu.yaml: each GPU then holds the whole base.",
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"Accelerate is set to {accelerator.mixed_precision}.", "Set mixed_precision to bf16 or no.")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"Accelerate is set to accumulate over {accelerator.gradient_accumulation_steps} steps.",
+            "Leave that out of its options and set training.gradient_accumulation_steps.",
         )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:

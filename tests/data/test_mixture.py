@@ -139,6 +139,13 @@ def test_processes_deal_out_the_batches_of_one(table, layout, tokenize, world_si
         assert codes_of(islice(loader.batches(), 12 // world_size)) == straight[rank::world_size]
 
 
+def test_a_run_goes_on_with_another_number_of_processes(table, layout, tokenize):
+    straight = codes_of(islice(make_loader(table, layout, tokenize).batches(), 12))
+    for rank in range(2):
+        loader = make_loader(table, layout, tokenize, rank=rank, world_size=2)
+        assert codes_of(islice(loader.batches(start=3), 4)) == straight[3 + rank : 11 : 2]
+
+
 def test_the_prefix_is_dropped_for_its_share_of_the_windows(table, layout, tokenize):
     given = []
     for batch in islice(make_loader(table, layout, tokenize, prefix_dropout=0.25).batches(), 120):

@@ -213,6 +213,48 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run_config, tmp_path, m
     assert list(losses(tmp_path / "run")) == [1, 2]
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_step(run_config, tmp_path, monkeypatch):
+    real = MoshiLM.forward
+
+    def broken(self, codes):
+        output = real(self, codes)
+        if output.nll.requires_grad:
+            output.nll.register_hook(lambda gradient: gradient * math.inf)
+        return output
+
+    monkeypatch.setattr(MoshiLM, "forward", broken)
+    with pytest.raises(UserError, match="The gradient norm is"):
+        train(run_config(training__eval_every=0), consolidate)
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def test_a_validation_split_without_windows_is_refused(run_config, codes, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(codes, tmp_path / "codes")
+    shutil.rmtree(copy / "data" / "validation")
+    with pytest.raises(UserError, match="validation split has no windows"):
+        train(run_config(dataset__manifest_path=copy), consolidate)
+    train(run_config(dataset__manifest_path=copy, training__eval_every=0, training__max_steps=1), consolidate)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "named"),
+    [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "4 steps"), ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8")],
+)
+def test_what_accelerate_would_do_behind_the_loops_back_is_refused(run_config, monkeypatch, variable, value, named):
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.setenv(variable, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises((UserError, ValueError), match=named):
+            train(run_config(), consolidate)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert PartialState._shared_state == {}
+
+
 def test_only_the_newest_checkpoints_and_the_best_are_kept(run_config, tmp_path):
     train(
         run_config(
