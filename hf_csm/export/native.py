@@ -49,8 +49,11 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.25}
 Rounding in bfloat16 hides a small adapter, so weights are compared exactly besides."""
 
 
-class ExportError(RuntimeError):
+class ExportError(UserError):
     """What was exported does not do what the trained model does."""
+
+    def __init__(self, problem: str, remedy: str = "Nothing was exported. If a second try fails too, report this."):
+        super().__init__(problem, remedy)
 
 
 def export_native(adapter: MoshiLM | Path, checkpoint: MoshiCheckpoint, out: Path) -> Path:

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import tempfile
 from pathlib import Path
@@ -105,3 +106,19 @@ def test_the_listing_hash_follows_the_files_and_not_their_place(raw, tmp_path):
     hashes = [hash_listing(make_builder("ravdess", tmp_path / place).shards()[0]) for place in ("here", "there")]
     (tmp_path / "here" / "03-01-03-01-01-01-01.wav").write_bytes(clip + b"xx")
     assert hashes[0] == hashes[1] != hash_listing(make_builder("ravdess", tmp_path / "here").shards()[0])
+
+
+def test_a_speaker_in_two_splits_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    """Also for those who only stream: `prepare` checks again at its end."""
+    import dataset_builders.ravdess as ravdess
+
+    write_ravdess(tmp_path, actors=(1,), emotions=("happy",), intensities=(1,), repetitions=(1,), layout="actors")
+    real = ravdess.describe
+
+    def leaking(member, match):
+        utterance = real(member, match)
+        return dataclasses.replace(utterance, split="test") if match["statement"] == "02" else utterance
+
+    monkeypatch.setattr(ravdess, "describe", leaking)
+    with pytest.raises(UserError, match="Speaker ravdess-01 is in two splits"):
+        hf_csm.load_corpus("ravdess", tmp_path)
