@@ -41,6 +41,7 @@ def generate_samples(
     emotions: list[str],
     duration_s: float,
     prefix_template: str = "({emotion})",
+    temperature: float | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> list[Sample]:
@@ -48,6 +49,7 @@ def generate_samples(
 
     Args:
         export: folder of an exported adapter.
+        temperature: of text and audio; None for moshi's own, 0.7 and 0.8.
         seed: the same for every clip, so that only voice and emotion differ.
     """
     import numpy as np
@@ -77,6 +79,8 @@ def generate_samples(
                 user_audio=None,
                 num_frames=seconds_to_frames(duration_s),
                 prefix_tokens=tokenizer.encode(prefix_template.format(emotion=emotion)),
+                temperature=0.8 if temperature is None else temperature,
+                text_temperature=0.7 if temperature is None else temperature,
                 seed=seed,
             )
             audio = made.audio.numpy()
@@ -102,11 +106,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the clips")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip (default: 10)")
     parser.add_argument("--emotions", nargs="+", default=list(EMOTIONS[:8]), help="default: the eight of RAVDESS")
+    parser.add_argument("--temperature", type=float, help="of text and audio (default: moshi's own, 0.7 and 0.8)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     options = parser.parse_args(argv)
-    for sample in generate_samples(
-        options.export, options.out, emotions=options.emotions, duration_s=options.seconds, device=options.device
-    ):
+    samples = generate_samples(
+        options.export,
+        options.out,
+        emotions=options.emotions,
+        duration_s=options.seconds,
+        temperature=options.temperature,
+        seed=options.seed,
+        device=options.device,
+    )
+    for sample in samples:
         print(json.dumps(vars(sample)))
 
 
