@@ -130,6 +130,8 @@ def _prepare(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         **corpus_options,
     )
+    if not report.is_new:
+        print(f"{options.out} is already there, from the same input and options: nothing to do.")
     print(report.render())
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from hf_csm.cli import explain, main, run_command
 from hf_csm.errors import UserError
+from hf_csm.testing.ravdess import write_ravdess
 
 
 def error_lines(capsys):
@@ -78,6 +79,15 @@ def test_doctor_lists_what_is_there(capsys):
     assert "torch 2." in shown
     assert "moshi 0.2" in shown
     assert "GB free" in shown
+
+
+def test_preparing_again_says_that_there_is_nothing_to_do(tmp_path, capsys):
+    raw = write_ravdess(tmp_path / "raw", actors=(1,), emotions=("sad",), intensities=(1,), layout="actors")
+    argv = ["prepare", "ravdess", "--raw", str(raw), "--out", str(tmp_path / "out"), "--num-workers", "1"]
+    assert main(argv) == 0
+    assert "nothing to do" not in capsys.readouterr().out
+    assert main(argv) == 0
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def bad_inputs(tmp_path, prepared, codes, tiny_moshi):

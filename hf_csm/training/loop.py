@@ -27,6 +27,7 @@ from hf_csm.models.moshi import MoshiLM, codec_sha256, find_checkpoint, load_mos
 from hf_csm.training.checkpoint import (
     Consolidate,
     Progress,
+    checkpoint_path,
     find_checkpoint_to_resume,
     load_state,
     mark_best,
@@ -133,6 +134,11 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
     progress = Progress()
     if resume_path is not None:
         progress, was = load_state(resume_path, optimizer, accelerator.process_index)
+        if checkpoint_path(run_dir, progress.best_step).is_dir():
+            if accelerator.is_main_process:
+                mark_best(run_dir, progress.best_step)  # the run may have been killed before it could
+        else:  # a branch in a folder of its own starts without a best
+            progress.best_step, progress.best_loss = -1, float("inf")
         changed = {name: value for name, value in options_of(config).items() if was.get(name) != value}
         if changed:
             text = ", ".join(f"{name} {was.get(name)} -> {value}" for name, value in changed.items())
@@ -141,7 +147,7 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
     log = MetricsLog(run_dir / "metrics.jsonl", accelerator, None if resume_path is None else progress.step)
     if accelerator.is_main_process:
         (run_dir / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
-    logger.info(_describe(loader, model))
+    accelerator.print(_describe(loader, model))
 
     def read(rows: list[int]) -> Batch:
         windows = [lay_out_row(validation_table, row, model.layout, tokenize, config.dataset) for row in rows]
@@ -267,7 +273,7 @@ def train_step(
     that of one big batch, however it is cut.
 
     Raises:
-        UserError: the loss is not finite; no weight has changed.
+        UserError: the loss or the norm of the gradient is not finite; no weight has changed.
     """
     accumulation_steps = config.training.gradient_accumulation_steps
     collected = [next(batches).to(accelerator.device) for _ in range(accumulation_steps)]
