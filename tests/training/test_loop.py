@@ -131,6 +131,64 @@ def test_a_run_resumed_beyond_its_last_step_ends(straight, run_config):
     assert last.name == "checkpoint_000005"
 
 
+def test_a_branch_is_not_mixed_with_the_later_checkpoints_of_its_run(straight, run_config):
+    config = run_config(run_dir=straight, resume_from_checkpoint=straight / "checkpoint_000005")
+    with pytest.raises(UserError, match=r"goes on to checkpoint_000010; resuming from checkpoint_000005"):
+        train(config, consolidate)
+    assert [path.name for path in list_checkpoints(straight)] == ["checkpoint_000005", "checkpoint_000010"]
+
+
+def test_a_branch_has_a_best_of_its_own(straight, run_config, tmp_path):
+    """The best of the run it comes from is not in its folder."""
+    train(run_config(resume_from_checkpoint=straight / "checkpoint_000005"), consolidate)
+    assert (tmp_path / "run" / "best").resolve() == tmp_path / "run" / "checkpoint_000010"
+
+
+def test_a_branch_that_gets_no_better_still_has_a_best(straight, run_config, tmp_path):
+    options = {"optimizer__lr": 1.0, "training__max_steps": 7}
+    train(run_config(resume_from_checkpoint=straight / "checkpoint_000005", **options), consolidate)
+    assert losses(tmp_path / "run", "eval_loss")[7] > losses(straight, "eval_loss")[5]
+    assert (tmp_path / "run" / "best").resolve() == tmp_path / "run" / "checkpoint_000007"
+
+
+def test_best_is_named_again_after_a_kill_before_it_was(run_config, tmp_path):
+    options = {"training__max_steps": 2, "training__save_every": 1, "training__eval_every": 1}
+    train(run_config(**options), consolidate)
+    best = tmp_path / "run" / "best"
+    target = best.resolve()
+    best.unlink()
+    train(run_config(**options, resume_from_checkpoint="latest"), consolidate)
+    assert best.resolve() == target
+
+
+def test_a_run_says_what_it_trains_on(run_config, capsys):
+    train(run_config(training__max_steps=1, training__eval_every=0), consolidate)
+    shown = capsys.readouterr().out
+    assert "ravdess       happy" in shown
+    assert "weights are trained" in shown
+
+
+def test_options_that_change_on_resume_are_warned_of(straight, run_config, caplog):
+    config = run_config(
+        resume_from_checkpoint=straight / "checkpoint_000005", optimizer__lr=0.001, training__max_steps=6
+    )
+    train(config, consolidate)
+    (message,) = [record.message for record in caplog.records if "differs" in record.message]
+    assert "optimizer.lr 0.003 -> 0.001" in message
+    assert "training.max_steps 10 -> 6" in message
+    assert "lora" not in message
+
+
+def test_gradients_are_clipped(run_config, tmp_path):
+    """Adam does not mind the scale of gradients until they vanish beside its epsilon."""
+    moved = {}
+    for max_norm in (1.0, 1e-11):
+        options = {"training__max_steps": 1, "training__eval_every": 0, "training__max_grad_norm": max_norm}
+        last = train(run_config(run_dir=tmp_path / str(max_norm), **options), consolidate)
+        moved[max_norm] = max(weight.abs().max() for name, weight in adapter(last).items() if "lora_B" in name)
+    assert moved[1e-11] < 0.1 * moved[1.0]
+
+
 def test_latest_without_checkpoint_starts_afresh(run_config, tmp_path):
     train(run_config(resume_from_checkpoint="latest", training__max_steps=1), consolidate)
     assert list(losses(tmp_path / "run")) == [1]
