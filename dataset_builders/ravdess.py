@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hf_csm.data.archive import Member
-from hf_csm.data.corpus import CorpusBuilder, CorpusConfig, Skipped, Utterance
+from hf_csm.data.corpus import CorpusBuilder, CorpusConfig
 from hf_csm.data.download import RemoteArchive
+from hf_csm.data.utterance import Skipped, Utterance
 from hf_csm.errors import UserError
 
 
@@ -89,6 +90,7 @@ class Ravdess(CorpusBuilder):
     )
     HOMEPAGE = "https://zenodo.org/records/1188976"
     LABELS = {emotion: emotion for emotion in EMOTIONS.values()}
+    FILE_NAME = FILE_NAME
 
     def archives(self) -> list[RemoteArchive]:
         """Return the Zenodo zips of the chosen subsets."""

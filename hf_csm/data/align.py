@@ -131,8 +131,19 @@ class CtcAligner:
         self._delimiter_id: int | None = self._vocabulary.get(tokenizer.word_delimiter_token)
         self._is_upper = any(len(token) == 1 and token.isupper() for token in self._vocabulary)
 
-    def align(self, samples: np.ndarray, sample_rate: int, words: list[str]) -> list[dict[str, Any]] | None:
-        """Return the words with their times, or `None` if the model cannot spell them or the clip is too short."""
+    def align(
+        self, clips: list[np.ndarray], sample_rate: int, words: list[list[str]]
+    ) -> list[list[dict[str, Any]] | None]:
+        """Return each clip's words with their times, `None` if the model cannot spell them or the clip is too short.
+
+        Args:
+            clips: float32 `[S]` each.
+            sample_rate: of the clips.
+            words: of each clip.
+        """
+        return [self._align_one(clip, sample_rate, of_clip) for clip, of_clip in zip(clips, words, strict=True)]
+
+    def _align_one(self, samples: np.ndarray, sample_rate: int, words: list[str]) -> list[dict[str, Any]] | None:
         import soxr
         from torchaudio.functional import forced_align, merge_tokens
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import importlib
 import inspect
 import pkgutil
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 
 from hf_csm.data.align import energy_align, load_ctc_aligner
@@ -25,78 +27,17 @@ from hf_csm.data.archive import Member, list_members
 from hf_csm.data.audio import encode_flac, hash_samples, read_audio, resample, to_int16
 from hf_csm.data.download import RemoteArchive, download, is_url
 from hf_csm.data.labels import emotion_id, intensity_id, map_label
-from hf_csm.data.schema import ALIGNMENT_SOURCES, SPLITS, UTTERANCE_FEATURES
+from hf_csm.data.listing import hash_listing, list_clips, looks_like
+from hf_csm.data.schema import ALIGNMENT_SOURCES, PROSODY_COLUMNS, SPLITS, UTTERANCE_FEATURES
 from hf_csm.data.text import normalise_text, split_words
+from hf_csm.data.utterance import Shard, Skipped, Tally, Utterance
 from hf_csm.errors import UserError
 from hf_csm.units import SAMPLE_RATE, samples_to_seconds
 
 
 ROWS_PER_TABLE = 32
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """What a corpus says about one clip, before its sound is read. Fields as in `UTTERANCE_FEATURES`.
-
-    `emotion_raw` and `emotion_perceived_raw` are the corpus's own labels, keys of the builder's `LABELS`; `words` are
-    the corpus's own word times, or `None`.
-    """
-
-    id: str
-    member: Member
-    text: str
-    emotion_raw: str
-    speaker_id: str
-    split: str
-    gender: str | None = None
-    language: str = "en"
-    intensity: str | None = None
-    words: tuple[tuple[str, float, float], ...] | None = None
-    emotion_perceived_raw: str | None = None
-    emotion_agreement: float | None = None
-    arousal: float | None = None
-    valence: float | None = None
-    dominance: float | None = None
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A file that belongs to the corpus and gives no row, and why (a phrase that makes sense after "dropped")."""
-
-    member: Member
-    reason: str
-
-
-@dataclass(frozen=True)
-class Shard:
-    """All clips of one speaker: the unit that one process works on."""
-
-    split: str
-    speaker_id: str
-    utterances: tuple[Utterance, ...]
-
-
-@dataclass
-class Tally:
-    """What was dropped, repaired or done otherwise than asked: action and reason -> count and one example."""
-
-    counts: dict[tuple[str, str], int] = field(default_factory=dict)
-    examples: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def add(self, action: str, reason: str, example: str, count: int = 1) -> None:
-        """Count a case; the first example of each is kept."""
-        key = (action, reason)
-        self.counts[key] = self.counts.get(key, 0) + count
-        self.examples.setdefault(key, example)
-
-    def rows(self) -> list[list[Any]]:
-        """Return `[action, reason, count, example]` of each case, sorted; plain data for JSON."""
-        return [[*key, self.counts[key], self.examples[key]] for key in sorted(self.counts)]
-
-    def add_rows(self, rows: Iterable[Iterable[Any]]) -> None:
-        """Add what another tally's `rows` say."""
-        for action, reason, count, example in rows:
-            self.add(action, reason, example, count)
+CLIPS_AT_ONCE = 16
+"""Clips that go through a CTC model together."""
 
 
 @dataclass
@@ -106,12 +47,25 @@ class CorpusConfig(datasets.BuilderConfig):
     Attributes:
         sources: folders, zips or URLs of the raw corpus; `None` for where the corpus is published.
         align_model: a CTC model for word times; `None` for the energy of the clip.
+        prosody: measure pitch, loudness and rate of each clip.
         listing: hash of names and sizes of the raw files, so that a cache of other files is never reused.
     """
 
     sources: list[str] | None = None
     align_model: str | None = None
+    prosody: bool = False
     listing: str = ""
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A clip whose sound is read: samples float32 `[S]` at 24 kHz and the same as int16."""
+
+    utterance: Utterance
+    text: str
+    samples: np.ndarray
+    pcm: np.ndarray
+    sha256: str
 
 
 class CorpusBuilder(datasets.ArrowBasedBuilder):
@@ -129,6 +83,15 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
     HOMEPAGE: str
     LABELS: Mapping[str, str | None]
     """From the corpus's emotion labels to the shared ones; `None` where raters did not agree."""
+    FILE_NAME: re.Pattern[str] | None = None
+    """Whole names of the corpus's sound files, by which a folder of it is recognised; `None` if they may be any."""
+    NOT_TO_BE_PUBLISHED: str | None = None
+    """Why no copy of its audio, codes, texts or labels may be published; `None` if the licence lets it."""
+
+    @property
+    def corpus(self) -> str:
+        """Name in the rows and prefix of ids."""
+        return self.NAME
 
     def archives(self) -> list[RemoteArchive]:
         """Return where the corpus is published; empty if it has to be asked for."""
@@ -142,11 +105,20 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         """
         raise NotImplementedError
 
+    def complete(self, utterance: Utterance) -> Utterance:
+        """Return the utterance with what its `sidecars` say; called where its sound is read, in parallel."""
+        return utterance
+
+    def members(self, paths: list[str]) -> list[Member]:
+        """List the files of the sources."""
+        return list_members(paths)
+
     def shards(self) -> tuple[list[Shard], Tally]:
-        """List the raw corpus, one shard per speaker, in the order of splits and speakers, and what was left out.
+        """List the raw corpus in the order of splits, speakers and ids, and what was left out.
 
         Raises:
-            UserError: a source is missing or damaged, holds nothing of this corpus, or has a speaker in two splits.
+            UserError: a source is missing or damaged, holds another corpus or nothing of this one, has an unknown
+                label, too many files without entry or entries without file, or a speaker or sentence in two splits.
         """
         sources = self.config.sources
         archives = [RemoteArchive(source) for source in sources if is_url(source)] if sources else self.archives()
@@ -155,35 +127,46 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         paths += [str(download(published.get(archive.url, archive))) for archive in archives]
         if not paths:
             raise UserError(
-                f"{self.TITLE} cannot be downloaded by a program.", f"Get it from {self.HOMEPAGE} and name its folder."
+                f"{self.TITLE} cannot be downloaded by a program.",
+                f"Ask for it at {self.HOMEPAGE}, then name its folder with --raw.",
             )
-        tally = Tally()
-        by_id: dict[str, Utterance] = {}
-        for found in self.utterances(list_members(paths)):
-            if isinstance(found, Skipped):
-                tally.add("dropped", found.reason, found.member.file_name)
-            elif found.id in by_id:
-                tally.add("dropped", "second copy of a file", str(found.member))
-            else:
-                by_id[found.id] = found
-        if not by_id:
+        members = self.members(paths)
+        if self.FILE_NAME is not None and looks_like(members, {self.NAME: self.FILE_NAME}) is None:
+            known = {builder.TITLE: builder.FILE_NAME for builder in all_builders() if builder.FILE_NAME is not None}
+            other = looks_like(members, known)
+            is_other = f" It looks like {other[0]} ({other[1]:,} files named so)." if other else ""
             raise UserError(
-                f"{', '.join(paths)}: no {self.TITLE} clips in there.",
+                f"{', '.join(paths)}: no {self.TITLE} clips in there.{is_other}",
                 f"Name the folder or zip of {self.TITLE} as published at {self.HOMEPAGE}.",
             )
-        return _group_by_speaker(by_id), tally
+        shards, tally = list_clips(self.utterances(members), self.LABELS, self.TITLE)
+        if not shards:
+            reasons = "; ".join(f"{count:,} {reason}" for (_, reason), count in sorted(tally.counts.items()))
+            raise UserError(
+                f"{', '.join(paths)}: no {self.TITLE} clips are left{f': {reasons}' if reasons else ''}.",
+                f"Name the folder or zip of {self.TITLE} as published at {self.HOMEPAGE}, or choose other options.",
+            )
+        return shards, tally
 
     def rows(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield the finished rows of a shard in the order of their ids, as `UTTERANCE_FEATURES` stores them.
 
-        A take whose samples came before is dropped. What was dropped or repaired is added to `tally`.
+        A take of a speaker whose samples and label came before is dropped. What was dropped or repaired is added to
+        `tally`.
 
         Raises:
             UserError: a file that cannot be read, has no transcript, or carries an unknown label.
         """
-        seen: set[str] = set()
-        for utterance in shard.utterances:
-            name = str(utterance.member)
+        clips = self._clips(shard, tally)
+        while batch := list(islice(clips, CLIPS_AT_ONCE)):
+            for clip, (words, source) in zip(batch, self._words(batch, tally), strict=True):
+                yield self._row(clip, words, source)
+
+    def _clips(self, shard: Shard, tally: Tally) -> Iterator[_Clip]:
+        seen: set[tuple[str, str, str | None]] = set()
+        for listed in shard.utterances:
+            name = str(listed.member)
+            utterance = self.complete(listed)
             samples, sample_rate, num_channels = read_audio(utterance.member.read(), name)
             samples = resample(samples, sample_rate)
             pcm = to_int16(samples)
@@ -191,32 +174,32 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
                 tally.add("dropped", "digital silence", utterance.member.file_name)
                 continue
             sha256 = hash_samples(pcm)
-            if sha256 in seen:
+            key = (sha256, utterance.speaker_id, utterance.emotion_raw)
+            if key in seen:  # one recording under two speakers or labels is for `plan_pieces`
                 tally.add("dropped", "same samples as another take of the speaker", utterance.member.file_name)
                 continue
-            seen.add(sha256)
+            seen.add(key)
             if num_channels > 1:
                 tally.add("repaired", f"{num_channels} channels averaged to one", utterance.member.file_name)
-            yield self._row(utterance, name, samples, pcm, sha256, tally)
+            text = "" if utterance.text is None else normalise_text(utterance.text, name)
+            yield _Clip(utterance, text, samples, pcm, sha256)
 
-    def _row(
-        self, utterance: Utterance, name: str, samples: Any, pcm: Any, sha256: str, tally: Tally
-    ) -> dict[str, Any]:
-        text = normalise_text(utterance.text, name)
-        words, alignment_source = self._words(utterance, text, samples, tally)
-        perceived_raw = utterance.emotion_perceived_raw
-        perceived = None if perceived_raw is None else map_label(perceived_raw, self.LABELS, name)
+    def _row(self, clip: _Clip, words: list[dict[str, Any]], alignment_source: str | None) -> dict[str, Any]:
+        utterance, where = clip.utterance, str(clip.utterance.member)
+        raw, perceived_raw = utterance.emotion_raw, utterance.emotion_perceived_raw
+        emotion = None if raw is None else map_label(raw, self.LABELS, where)
+        perceived = None if perceived_raw is None else map_label(perceived_raw, self.LABELS, where)
         return {
             "id": utterance.id,
-            "corpus": self.NAME,
-            "audio": {"bytes": encode_flac(pcm), "path": f"{utterance.id}.flac"},
-            "duration_s": samples_to_seconds(len(pcm)),
-            "text": text,
+            "corpus": self.corpus,
+            "audio": {"bytes": encode_flac(clip.pcm), "path": f"{utterance.id}.flac"},
+            "duration_s": samples_to_seconds(len(clip.pcm)),
+            "text": clip.text,
             "language": utterance.language,
             "words": words,
-            "alignment_source": ALIGNMENT_SOURCES.index(alignment_source),
-            "emotion": emotion_id(map_label(utterance.emotion_raw, self.LABELS, name)),
-            "emotion_raw": utterance.emotion_raw,
+            "alignment_source": None if alignment_source is None else ALIGNMENT_SOURCES.index(alignment_source),
+            "emotion": emotion_id(emotion),
+            "emotion_raw": raw,
             "emotion_perceived": emotion_id(perceived),
             "emotion_agreement": utterance.emotion_agreement,
             "intensity": intensity_id(utterance.intensity),
@@ -227,19 +210,42 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
             "gender": utterance.gender,
             "split": utterance.split,
             "license": self.LICENSE,
-            "sha256": sha256,
+            "sha256": clip.sha256,
+            "sentence_id": utterance.sentence_id,
+            **self._prosody(clip.samples, words),
         }
 
-    def _words(self, utterance: Utterance, text: str, samples: Any, tally: Tally) -> tuple[list[dict[str, Any]], str]:
-        if utterance.words is not None:
-            return [{"word": word, "start_s": start, "end_s": end} for word, start, end in utterance.words], "corpus"
-        words = split_words(text)
-        if self.config.align_model is not None:
-            aligned = load_ctc_aligner(self.config.align_model).align(samples, SAMPLE_RATE, words)
-            if aligned is not None:
-                return aligned, "ctc"
-            tally.add("aligned by energy", "the CTC model cannot spell or fit the words", utterance.member.file_name)
-        return energy_align(samples, SAMPLE_RATE, words), "energy"
+    def _words(self, clips: list[_Clip], tally: Tally) -> list[tuple[list[dict[str, Any]], str | None]]:
+        """Return the words of each clip with their times, and where these come from (`None` without a transcript)."""
+        found: dict[int, tuple[list[dict[str, Any]], str | None]] = {}
+        for index, clip in enumerate(clips):
+            if clip.utterance.words is not None:
+                timed = clip.utterance.words
+                found[index] = [{"word": word, "start_s": start, "end_s": end} for word, start, end in timed], "corpus"
+            elif not clip.text:
+                found[index] = [], None
+        left = [index for index in range(len(clips)) if index not in found]
+        words = {index: split_words(clips[index].text) for index in left}
+        if left and self.config.align_model is not None:
+            aligner = load_ctc_aligner(self.config.align_model)
+            samples = [clips[index].samples for index in left]
+            for index, aligned in zip(left, aligner.align(samples, SAMPLE_RATE, [*words.values()]), strict=True):
+                if aligned is not None:
+                    found[index] = aligned, "ctc"
+                else:
+                    reason = "the CTC model cannot spell or fit the words"
+                    tally.add("aligned by energy", reason, clips[index].utterance.member.file_name)
+        for index in left:
+            if index not in found:
+                found[index] = energy_align(clips[index].samples, SAMPLE_RATE, words[index]), "energy"
+        return [found[index] for index in range(len(clips))]
+
+    def _prosody(self, samples: np.ndarray, words: list[dict[str, Any]]) -> dict[str, float | None]:
+        if not self.config.prosody:
+            return dict.fromkeys(PROSODY_COLUMNS)
+        from hf_csm.data.prosody import measure_prosody  # onnxruntime is not for everybody
+
+        return measure_prosody(samples, SAMPLE_RATE, words)
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
@@ -302,23 +308,34 @@ def load_corpus(
     return cached.as_dataset(split=split)
 
 
-def make_builder(name: str, data_dir: Any = None, **options: Any) -> CorpusBuilder:
-    """Return the builder of a corpus without touching a cache. Arguments as in `load_corpus`."""
+def all_builders() -> list[type[CorpusBuilder]]:
+    """Return the builder of every module of `dataset_builders`, in order of name."""
     import dataset_builders
 
     names = sorted(module.name for module in pkgutil.iter_modules(dataset_builders.__path__))
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        raise UserError(
-            f"Unknown corpus {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}",
-            f"Corpora are: {', '.join(names)}.",
-        )
+    return [_builder_class(name) for name in names]
+
+
+def _builder_class(name: str) -> type[CorpusBuilder]:
     module = importlib.import_module(f"dataset_builders.{name}")
     (builder_class,) = (
         value
         for _, value in inspect.getmembers(module, inspect.isclass)
         if issubclass(value, CorpusBuilder) and value.__module__ == module.__name__
     )
+    return builder_class
+
+
+def make_builder(name: str, data_dir: Any = None, **options: Any) -> CorpusBuilder:
+    """Return the builder of a corpus without touching a cache. Arguments as in `load_corpus`."""
+    classes = {builder.NAME: builder for builder in all_builders()}
+    if name not in classes:
+        near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)
+        raise UserError(
+            f"Unknown corpus {name!r}.{f' Did you mean {near[0]!r}?' if near else ''}",
+            f"Corpora are: {', '.join(classes)}.",
+        )
+    builder_class = classes[name]
     known = {option.name for option in dataclasses.fields(builder_class.BUILDER_CONFIG_CLASS)}
     known -= {option.name for option in dataclasses.fields(datasets.BuilderConfig)} | {"sources", "listing"}
     for option in options:
@@ -330,28 +347,3 @@ def make_builder(name: str, data_dir: Any = None, **options: Any) -> CorpusBuild
     # `datasets` makes and locks a cache folder for every builder, although a stream needs none.
     with tempfile.TemporaryDirectory() as cache:
         return builder_class(cache_dir=cache, sources=sources, **options)
-
-
-def hash_listing(shards: Iterable[Shard]) -> str:
-    """Return a hash of what a listing says: every clip's name, size and description. Independent of where it lies."""
-    names = [facts.name for facts in dataclasses.fields(Utterance) if facts.name != "member"]
-    digest = hashlib.sha256()
-    for shard in shards:
-        for utterance in shard.utterances:
-            facts = [getattr(utterance, name) for name in names]
-            digest.update(repr([*facts, utterance.member.num_bytes]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _group_by_speaker(by_id: Mapping[str, Utterance]) -> list[Shard]:
-    grouped: dict[tuple[int, str], list[Utterance]] = {}
-    split_of: dict[str, str] = {}
-    for utterance in sorted(by_id.values(), key=lambda utterance: utterance.id):
-        split, speaker_id = utterance.split, utterance.speaker_id
-        if split_of.setdefault(speaker_id, split) != split:
-            raise UserError(
-                f"Speaker {speaker_id} is in two splits: {split_of[speaker_id]} and {split} ({utterance.member}).",
-                "Keep all clips of a speaker in one split.",
-            )
-        grouped.setdefault((SPLITS.index(split), speaker_id), []).append(utterance)
-    return [Shard(SPLITS[split], speaker, tuple(found)) for (split, speaker), found in sorted(grouped.items())]

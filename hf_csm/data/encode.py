@@ -243,6 +243,7 @@ def window_table(conversation: Conversation, codes: np.ndarray, corpus: str, spl
         "split": split,
         "emotion": EMOTIONS.index(conversation.emotion),
         "speaker_id": conversation.speaker_id,
+        "language": None,
         "codes": None,
         "num_frames": codes.shape[2],
         "words": words_of(conversation),

@@ -1,4 +1,4 @@
-"""The rows of one speaker on their way into a prepared table: written once, read once, merged by split and emotion.
+"""The rows of one shard on their way into a prepared table: written once, read once, merged by split and emotion.
 
 A part is an Arrow file whose batches hold one emotion each, and a JSON file that describes it. The JSON is written
 last: a part without it does not exist.
@@ -15,10 +15,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from hf_csm.data.corpus import CorpusBuilder, Shard, Tally
+from hf_csm.data.corpus import CorpusBuilder
 from hf_csm.data.labels import EMOTIONS, UNLABELLED, emotion_name
 from hf_csm.data.schema import ALIGNMENT_SOURCES, SPLITS, UTTERANCE_FEATURES
-from hf_csm.data.table import MAX_SHARD_BYTES, ROWS_PER_GROUP, ShardWriter
+from hf_csm.data.table import ROWS_PER_GROUP, ShardWriter, equal_files
+from hf_csm.data.utterance import Shard, Tally
 from hf_csm.data.workers import stop_if_asked
 from hf_csm.errors import UserError
 
@@ -30,6 +31,7 @@ class Batch:
     emotion: str
     num_bytes: int
     ids: list[str]
+    speaker_ids: list[str]
     sha256s: list[str]
     durations_s: list[float]
     alignment_sources: list[str]
@@ -41,7 +43,6 @@ class Part:
 
     path: str
     split: str
-    speaker_id: str
     batches: list[Batch]
     tally: list[list[Any]]
 
@@ -52,7 +53,7 @@ class Piece:
 
     path: str
     batch_index: int
-    speaker_id: str
+    speaker_ids: frozenset[str]
     num_rows: int
     num_bytes: int
     duration_s: float
@@ -76,9 +77,10 @@ def make_part(builder: CorpusBuilder, shard: Shard, path: Path) -> Part:
                     emotion=emotion,
                     num_bytes=sum(len(row["audio"]["bytes"]) for row in rows),
                     ids=[row["id"] for row in rows],
+                    speaker_ids=[row["speaker_id"] for row in rows],
                     sha256s=[row["sha256"] for row in rows],
                     durations_s=[row["duration_s"] for row in rows],
-                    alignment_sources=[ALIGNMENT_SOURCES[row["alignment_source"]] for row in rows],
+                    alignment_sources=[_source_name(row["alignment_source"]) for row in rows],
                 )
             )
 
@@ -90,7 +92,7 @@ def make_part(builder: CorpusBuilder, shard: Shard, path: Path) -> Part:
                 flush(emotion)
         for emotion in sorted(pending):
             flush(emotion)
-    part = Part(str(path), shard.split, shard.speaker_id, batches, tally.rows())
+    part = Part(str(path), shard.split, batches, tally.rows())
     facts = dataclasses.asdict(part)
     del facts["path"]
     mark = path.with_suffix(".json")
@@ -109,45 +111,56 @@ def read_part(path: Path) -> Part | None:
     return Part(path=str(path), batches=batches, **facts)
 
 
-def plan_pieces(parts: list[Part]) -> tuple[dict[tuple[str, str], list[list[Piece]]], list[str]]:
+def plan_pieces(parts: list[Part]) -> tuple[dict[tuple[str, str], list[list[Piece]]], list[tuple[str, str]]]:
     """Check the rows against each other and lay out the files of the table.
 
     Returns:
-        for each split and emotion the pieces of each of its files, and the ids of clips that are dropped because
-        their samples came before in the same split.
+        for each split and emotion the pieces of each of its files, and the clips that are dropped, as (reason, id):
+        those whose samples came before in the same split with the same label, and all that share their samples under
+        different labels, because none of these can be trusted.
 
     Raises:
         UserError: a speaker or a recording is in two splits.
     """
     split_of_speaker: dict[str, str] = {}
-    first_of_sha: dict[str, tuple[str, str]] = {}
-    dropped_ids: list[str] = []
-    by_cell: dict[tuple[str, str], list[Piece]] = {}
+    first_of_sha: dict[str, tuple[str, str, str]] = {}
+    conflicting: set[str] = set()
     for part in parts:
-        split = split_of_speaker.setdefault(part.speaker_id, part.split)
-        if split != part.split:
-            raise UserError(
-                f"Speaker {part.speaker_id} is in two splits: {split} and {part.split}.",
-                "Keep all clips of a speaker in one split.",
-            )
-        for batch_index, batch in enumerate(part.batches):
-            dropped = []
-            for row_index, (id_, sha256) in enumerate(zip(batch.ids, batch.sha256s, strict=True)):
-                other_id, other_split = first_of_sha.setdefault(sha256, (id_, split))
+        for batch in part.batches:
+            for id_, speaker_id, sha256 in zip(batch.ids, batch.speaker_ids, batch.sha256s, strict=True):
+                split = split_of_speaker.setdefault(speaker_id, part.split)
+                if split != part.split:
+                    raise UserError(
+                        f"Speaker {speaker_id} is in two splits: {split} and {part.split}.",
+                        "Keep all clips of a speaker in one split.",
+                    )
+                other_id, other_split, emotion = first_of_sha.setdefault(sha256, (id_, split, batch.emotion))
                 if other_split != split:
                     raise UserError(
                         f"The same recording is in two splits: {other_id} ({other_split}) and {id_} ({split}).",
                         "Remove one of the two files from the raw corpus.",
                     )
-                if other_id != id_:
-                    dropped.append(row_index)
-                    dropped_ids.append(id_)
-            piece = _piece(part, batch_index, batch, tuple(dropped))
+                if emotion != batch.emotion:
+                    conflicting.add(sha256)
+    dropped: list[tuple[str, str]] = []
+    by_cell: dict[tuple[str, str], list[Piece]] = {}
+    for part in parts:
+        for batch_index, batch in enumerate(part.batches):
+            rows = []
+            for row_index, (id_, sha256) in enumerate(zip(batch.ids, batch.sha256s, strict=True)):
+                if sha256 in conflicting:
+                    dropped.append(("one recording under two labels", id_))
+                elif first_of_sha[sha256][0] != id_:
+                    dropped.append(("same samples as another clip of the split", id_))
+                else:
+                    continue
+                rows.append(row_index)
+            piece = _piece(part, batch_index, batch, tuple(rows))
             if piece.num_rows:
-                by_cell.setdefault((split, batch.emotion), []).append(piece)
+                by_cell.setdefault((part.split, batch.emotion), []).append(piece)
     order = (*EMOTIONS, UNLABELLED)
     cells = sorted(by_cell, key=lambda cell: (SPLITS.index(cell[0]), order.index(cell[1])))
-    return {cell: _files(by_cell[cell]) for cell in cells}, dropped_ids
+    return {cell: _files(by_cell[cell]) for cell in cells}, dropped
 
 
 def merge_pieces(pieces: list[Piece], path: Path) -> None:
@@ -172,9 +185,9 @@ def _piece(part: Part, batch_index: int, batch: Batch, dropped: tuple[int, ...])
     return Piece(
         path=part.path,
         batch_index=batch_index,
-        speaker_id=part.speaker_id,
+        speaker_ids=frozenset(batch.speaker_ids[row] for row in kept),
         num_rows=len(kept),
-        num_bytes=batch.num_bytes,
+        num_bytes=batch.num_bytes * len(kept) // len(batch.ids),
         duration_s=sum(batch.durations_s[row] for row in kept),
         alignments=alignments,
         dropped=dropped,
@@ -182,13 +195,10 @@ def _piece(part: Part, batch_index: int, batch: Batch, dropped: tuple[int, ...])
 
 
 def _files(pieces: list[Piece]) -> list[list[Piece]]:
-    """Deal the pieces of a cell to files of at most `MAX_SHARD_BYTES`, in order."""
-    files: list[list[Piece]] = [[]]
-    num_bytes = 0
-    for piece in pieces:
-        if files[-1] and num_bytes + piece.num_bytes > MAX_SHARD_BYTES:
-            files.append([])
-            num_bytes = 0
-        files[-1].append(piece)
-        num_bytes += piece.num_bytes
-    return files
+    """Deal the pieces of a cell to files of equal size, in order."""
+    ends = equal_files([piece.num_bytes for piece in pieces])
+    return [pieces[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _source_name(alignment_source: int | None) -> str:
+    return "no transcript" if alignment_source is None else ALIGNMENT_SOURCES[alignment_source]

@@ -1,8 +1,8 @@
 """Prepare: a raw corpus becomes `prepared/<corpus>`, a table of utterance rows, checked, whole or not at all.
 
-All work goes into `.<name>.partial` beside the table. One process makes the rows of one speaker and leaves them there
-as a part; a run that is cut short finds its finished parts again if input and options are the same. Parts are then
-merged by split and emotion, and one rename publishes the table.
+All work goes into `.<name>.partial` beside the table. One process makes the rows of a shard and leaves them there as
+a part; a run that is cut short finds its finished parts again if input and options are the same. Parts are then merged
+by split and emotion, and one rename publishes the table.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_csm.data.corpus import CorpusBuilder, Shard, Tally, hash_listing, make_builder
+from hf_csm.data.corpus import CorpusBuilder, make_builder
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
+from hf_csm.data.listing import hash_listing
 from hf_csm.data.parts import Part, Piece, make_part, merge_pieces, plan_pieces, read_part
 from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
 from hf_csm.data.table import CARD_NAME, SplitInfo, read_card_metadata, shard_name, split_files, write_card
+from hf_csm.data.utterance import Shard, Tally
 from hf_csm.data.workers import run_tasks, usable_cores
 from hf_csm.errors import UserError
 
 
 # Part of the fingerprint: raise it when the same raw files give other rows.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,12 @@ def prepare(
         num_workers = num_workers or (usable_cores() if align_model is None else min(4, usable_cores()))
         parts = _make_parts(builder, shards, staging / "parts", num_workers, progress)
         pieces, dropped = plan_pieces(parts)
-        for name in dropped:
-            tally.add("dropped", "same samples as another clip of the split", name)
+        for reason, id_ in dropped:
+            tally.add("dropped", reason, id_)
         report = _report(corpus, out, parts, pieces, tally)
         _merge(pieces, staging / "table", num_workers)
-        _write_card(builder, staging / "table", report, fingerprint)
+        languages = sorted({utterance.language for shard in shards for utterance in shard.utterances})
+        _write_card(builder, staging / "table", report, fingerprint, languages)
         _publish(staging, out)
     except OSError as error:
         raise UserError(
@@ -145,7 +148,7 @@ def prepare(
 def _fingerprint(builder: CorpusBuilder, shards: list[Shard]) -> str:
     config = dataclasses.asdict(builder.config)
     ours = {key: value for key, value in sorted(config.items()) if key not in ("sources", "data_dir", "data_files")}
-    facts = [ROWS_VERSION, builder.NAME, str(ours), str(UTTERANCE_FEATURES), hash_listing(shards)]
+    facts = [ROWS_VERSION, builder.corpus, str(ours), str(UTTERANCE_FEATURES), hash_listing(shards)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -197,7 +200,7 @@ def _make_parts(
             tasks.append((make_part, (builder, shards[index], path)))
     num_clips = sum(len(shard.utterances) for shard in shards)
     num_found = sum(len(shards[index].utterances) for index in parts)
-    with tqdm(total=num_clips, initial=num_found, desc=builder.NAME, unit="clip", disable=not progress) as bar:
+    with tqdm(total=num_clips, initial=num_found, desc=builder.corpus, unit="clip", disable=not progress) as bar:
         # A forked process must not have imported torch, and cannot use a GPU.
         method = "fork" if builder.config.align_model is None else "spawn"
         for task_index, part in run_tasks(tasks, num_workers, method):
@@ -233,13 +236,15 @@ def _report(
                 for source, count in piece.alignments.items():
                     alignments[source] = alignments.get(source, 0) + count
             seconds = sum(piece.duration_s for piece in found)
-            speakers = {piece.speaker_id for piece in found}
+            speakers = frozenset[str]().union(*(piece.speaker_ids for piece in found))
             num_clips = sum(piece.num_rows for piece in found)
             rows.append(ReportRow(split, emotion, num_clips, round(seconds / 3600, 6), len(speakers)))
     return PrepareReport(corpus, out, True, rows, tally.rows(), dict(sorted(alignments.items())))
 
 
-def _write_card(builder: CorpusBuilder, table: Path, report: PrepareReport, fingerprint: str) -> None:
+def _write_card(
+    builder: CorpusBuilder, table: Path, report: PrepareReport, fingerprint: str, languages: list[str]
+) -> None:
     splits = {}
     for split in SPLITS:
         files = split_files(table, split)
@@ -254,7 +259,7 @@ times and emotion in the label space that all corpora share.
 from datasets import load_dataset
 from hf_csm.data.audio import decode_audio
 
-row = next(iter(load_dataset("{builder.NAME}", split="train", streaming=True)))  # this folder or its Hub id
+row = next(iter(load_dataset("{builder.corpus}", split="train", streaming=True)))  # this folder or its Hub id
 samples = decode_audio(row["audio"])  # float32, 24 kHz
 ```
 
@@ -270,7 +275,8 @@ Source: {builder.HOMEPAGE}. Licence: {builder.LICENSE}.
 """
     metadata = {
         "stage": "prepared",
-        "corpus": builder.NAME,
+        "corpus": builder.corpus,
+        "builder": builder.NAME,
         "title": builder.TITLE,
         "license": builder.LICENSE,
         "notice": builder.NOTICE,
@@ -289,6 +295,7 @@ Source: {builder.HOMEPAGE}. Licence: {builder.LICENSE}.
         splits=splits,
         metadata=metadata,
         body=body,
+        languages=languages,
     )
 
 

@@ -10,6 +10,7 @@ from hf_csm.units import SAMPLE_RATE
 
 SPLITS = ("train", "validation", "test")
 ALIGNMENT_SOURCES = ("corpus", "ctc", "energy")
+PROSODY_COLUMNS = ("f0_median_hz", "f0_range_st", "loudness_range_db", "words_per_s", "voiced_share")
 
 WORD = {"word": Value("string"), "start_s": Value("float32"), "end_s": Value("float32")}
 
@@ -38,9 +39,15 @@ UTTERANCE_FEATURES = Features(
         "split": Value("string"),
         "license": Value("string"),
         "sha256": Value("string"),
+        "sentence_id": Value("string"),
+        **{name: Value("float32") for name in PROSODY_COLUMNS},
     }
 )
-"""One clip of one speaker. Times are seconds from its first sample; null where the corpus does not say."""
+"""One clip of one speaker. Times are seconds from its first sample; null where the corpus does not say.
+
+The last five are there after `prepare --prosody`, null otherwise; `hf_csm.data.prosody` says how they are measured.
+`sentence_id` is shared by all clips of a sentence that is kept in one split.
+"""
 
 WINDOW_FEATURES = Features(
     {
@@ -49,6 +56,7 @@ WINDOW_FEATURES = Features(
         "split": Value("string"),
         "emotion": ClassLabel(names=list(EMOTIONS)),
         "speaker_id": Value("string"),
+        "language": Value("string"),
         "codes": List(List(List(Value("int16")))),
         "num_frames": Value("int32"),
         "words": List({**WORD, "channel": Value("int8")}),
@@ -63,4 +71,7 @@ WINDOW_FEATURES = Features(
         "variant": Value("int32"),
     }
 )
-"""One conversation. `codes` is `[2, Q, T]`: Moshi's channel (0), the user's (1); Q codebooks, T frames."""
+"""One conversation. `codes` is `[2, Q, T]`: Moshi's channel (0), the user's (1); Q codebooks, T frames.
+
+`emotion` is null where Moshi's channel has none, as in dialogues for replay.
+"""

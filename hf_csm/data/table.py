@@ -27,7 +27,8 @@ from hf_csm.errors import UserError
 
 
 ROWS_PER_GROUP = 32
-MAX_SHARD_BYTES = 400_000_000
+MAX_SHARD_BYTES = 480_000_000
+"""A cell with more is cut in files of equal size, which therefore have at least half of it."""
 CARD_NAME = "README.md"
 CARD_KEY = "hf_csm"
 _SIZE_CATEGORIES = (
@@ -56,6 +57,18 @@ def shard_name(cell: str, index: int, total: int) -> str:
 def split_files(folder: str | Path, split: str) -> list[Path]:
     """Return the Parquet files of a split in order; empty if the table does not have the split."""
     return sorted(Path(folder, "data", split).glob("*.parquet"))
+
+
+def equal_files(num_bytes: Sequence[int], most: int = MAX_SHARD_BYTES) -> list[int]:
+    """Deal pieces, in order, to as few files of equal size as hold at most about `most` bytes each.
+
+    Returns:
+        the index one past the last piece of each file, ascending.
+    """
+    edges = np.cumsum(num_bytes)
+    num_files = max(1, -(-int(edges[-1]) // most))
+    ends = [int(np.searchsorted(edges, edges[-1] * (file + 1) / num_files - 0.5)) + 1 for file in range(num_files)]
+    return sorted(set(ends[:-1]) | {len(num_bytes)})
 
 
 class ShardWriter:

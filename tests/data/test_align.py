@@ -82,7 +82,7 @@ def ctc_folder(tmp_path_factory):
 
 def test_ctc_gives_every_word_a_time(ctc_folder):
     samples, _ = synthesize(" ".join(WORDS), speaker=1, sample_rate=24_000)
-    aligned = CtcAligner(ctc_folder).align(samples, 24_000, WORDS)
+    aligned = CtcAligner(ctc_folder).align([samples], 24_000, [WORDS])[0]
     assert aligned is not None
     check_words(aligned, WORDS, len(samples) / 24_000)
 
@@ -90,13 +90,14 @@ def test_ctc_gives_every_word_a_time(ctc_folder):
 def test_ctc_declines_words_it_cannot_spell_and_clips_too_short(ctc_folder):
     aligner = CtcAligner(ctc_folder)
     samples, _ = synthesize("Kids", speaker=1, sample_rate=24_000)
-    assert aligner.align(samples, 24_000, ["Kids", "42"]) is None
-    assert aligner.align(samples[:2_400], 24_000, WORDS) is None
+    assert aligner.align([samples], 24_000, [["Kids", "42"]]) == [None]
+    assert aligner.align([samples[:2_400]], 24_000, [WORDS]) == [None]
 
 
 def test_prepare_uses_ctc_where_it_can_and_says_where_not(ctc_folder):
     from hf_csm.data.archive import Member
-    from hf_csm.data.corpus import Shard, Tally, Utterance, make_builder
+    from hf_csm.data.corpus import make_builder
+    from hf_csm.data.utterance import Shard, Tally, Utterance
 
     builder = make_builder("ravdess", align_model=ctc_folder)
 
@@ -111,7 +112,7 @@ def test_prepare_uses_ctc_where_it_can_and_says_where_not(ctc_folder):
         for name, text in [("03-01-03-01-01-01-01", "Kids"), ("03-01-03-01-02-01-01", "Dogs 2")]
     ]
     tally = Tally()
-    rows = list(builder.rows(Shard("train", "ravdess-01", tuple(utterances)), tally))
+    rows = list(builder.rows(Shard("train", tuple(utterances)), tally))
     assert [row["alignment_source"] for row in rows] == [1, 2]
     assert sum(tally.counts.values()) == 1
 

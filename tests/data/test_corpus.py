@@ -8,8 +8,10 @@ import pytest
 
 import hf_csm
 from hf_csm.data.audio import decode_audio, hash_samples, to_int16
-from hf_csm.data.corpus import Tally, hash_listing, make_builder
+from hf_csm.data.corpus import make_builder
+from hf_csm.data.listing import hash_listing
 from hf_csm.data.schema import UTTERANCE_FEATURES
+from hf_csm.data.utterance import Tally
 from hf_csm.errors import UserError
 from hf_csm.testing.ravdess import clip_bytes, write_ravdess
 

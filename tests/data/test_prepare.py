@@ -95,7 +95,7 @@ def test_a_run_that_broke_goes_on_and_ends_the_same(raw, done, tmp_path, monkeyp
     rows = CorpusBuilder.rows
 
     def failing(self, shard, tally):
-        read.append(shard.speaker_id)
+        read.append(shard.utterances[0].speaker_id)
         if len(read) == 3:
             yield next(rows(self, shard, tally))
             raise KeyboardInterrupt
@@ -224,26 +224,34 @@ def test_the_same_recording_of_two_speakers_of_a_split_is_dropped_once(tmp_path)
 
 
 def test_a_speaker_in_two_splits_is_refused():
-    batch = parts.Batch("happy", 1, ["a"], ["s1"], [1.0], ["energy"])
+    batch = parts.Batch("happy", 1, ["a"], ["ravdess-01"], ["s1"], [1.0], ["energy"])
     other = dataclasses.replace(batch, ids=["b"], sha256s=["s2"])
     with pytest.raises(UserError, match=r"ravdess-01 is in two splits"):
-        parts.plan_pieces(
-            [parts.Part("x", "train", "ravdess-01", [batch], []), parts.Part("y", "test", "ravdess-01", [other], [])]
-        )
+        parts.plan_pieces([parts.Part("x", "train", [batch], []), parts.Part("y", "test", [other], [])])
 
 
-def test_large_cells_are_dealt_to_several_files_and_unlabelled_clips_to_their_own():
+def test_large_cells_are_dealt_to_files_of_equal_size_and_unlabelled_clips_to_their_own():
     batches = [
-        parts.Batch(emotion, 150_000_000, [f"{emotion}{n}"], [f"{emotion}{n}"], [1.0], ["energy"])
+        parts.Batch(emotion, 150_000_000, [f"{emotion}{n}"], ["s"], [f"{emotion}{n}"], [1.0], ["energy"])
         for emotion in ("happy", "unlabelled")
-        for n in range(3)
+        for n in range(4)
     ]
-    pieces, dropped = parts.plan_pieces([parts.Part("x", "train", "s", batches, [])])
+    pieces, dropped = parts.plan_pieces([parts.Part("x", "train", batches, [])])
     assert {cell: [len(file) for file in files] for cell, files in pieces.items()} == {
-        ("train", "happy"): [2, 1],
-        ("train", "unlabelled"): [2, 1],
+        ("train", "happy"): [2, 2],
+        ("train", "unlabelled"): [2, 2],
     }
     assert dropped == []
+
+
+def test_one_recording_under_two_labels_is_dropped_with_both(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for name, content in [("03-01", "03-01"), ("04-01", "03-01"), ("05-01", "05-01")]:
+        path = tmp_path / "raw" / f"03-01-{name}-01-01-01.wav"
+        path.write_bytes(clip_bytes(f"03-01-{content}-01-01-01"))
+    report = prepare("ravdess", tmp_path / "raw", tmp_path / "out", num_workers=1, progress=False)
+    assert [(row.emotion, row.num_clips) for row in report.rows] == [("angry", 1)]
+    assert report.adjustments == [["dropped", "one recording under two labels", 2, "ravdess-03-01-03-01-01-01-01"]]
 
 
 def test_a_place_that_cannot_be_written_is_an_error(raw, tmp_path):

@@ -6,9 +6,10 @@ import pytest
 
 import hf_csm
 from dataset_builders.ravdess import ARCHIVES, FILE_NAME
-from hf_csm.data.corpus import Tally, make_builder
+from hf_csm.data.corpus import make_builder
 from hf_csm.data.download import RemoteArchive
 from hf_csm.data.schema import UTTERANCE_FEATURES
+from hf_csm.data.utterance import Tally
 from hf_csm.errors import UserError
 from hf_csm.testing.ravdess import DUPLICATE, clip_bytes, clip_names, write_ravdess
 
@@ -48,11 +49,11 @@ def test_every_name_of_the_grid_is_known_and_the_splits_are_by_actor(tmp_path):
     touch(tmp_path, *(f"{name}.wav" for name in names))
     shards, tally = make_builder("ravdess", tmp_path).shards()
     actors = {
-        split: [int(s.speaker_id[-2:]) for s in shards if s.split == split]
+        split: [int(s.utterances[0].speaker_id[-2:]) for s in shards if s.split == split]
         for split in ("train", "validation", "test")
     }
     assert actors == {"train": [*range(1, 17)], "validation": [*range(17, 21)], "test": [*range(21, 25)]}
-    assert {len(shard.utterances) for shard in shards if shard.speaker_id != "ravdess-18"} == {104}
+    assert {len(shard.utterances) for shard in shards if shard.utterances[0].speaker_id != "ravdess-18"} == {104}
     assert not tally.counts
     women = {u.speaker_id for shard in shards for u in shard.utterances if u.gender == "female"}
     assert women == {f"ravdess-{actor:02d}" for actor in range(2, 25, 2)}
