@@ -20,10 +20,20 @@ from hf_csm.errors import UserError
 GO_ON = "Run the same command again to go on; training also needs --resume-from-checkpoint latest."
 
 
+CORPUS_OPTIONS = """options of a corpus, after those above:
+  ravdess       --subsets speech song
+  esd           --languages en zh
+  msp_podcast   --test-sets Test1 Test2 Test3   --keep-unknown-speakers   --allow-missing-text
+  csv_manifest  --corpus-name NAME   --license LICENCE"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit status."""
     parser = build_parser()
-    options = parser.parse_args(argv)
+    options, more = parser.parse_known_args(argv)
+    if more and not options.takes_more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.more = more
     return run_command(lambda: options.run(options), debug=options.debug)
 
 
@@ -72,39 +82,70 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-csm {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def add_verb(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=help, description=help)
+    def add_verb(
+        name: str, run: Callable[[argparse.Namespace], None], help: str, takes_more: bool = False, **texts: Any
+    ) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(
+            name,
+            help=help,
+            description=help,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **texts,
+        )
         verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        verb.set_defaults(run=run)
+        verb.set_defaults(run=run, takes_more=takes_more)
         return verb
 
-    prepare = add_verb("prepare", _prepare, "Turn a raw corpus into labelled, aligned 24 kHz utterances (Parquet).")
-    prepare.add_argument("corpus", help="name of a corpus, such as ravdess")
+    prepare = add_verb(
+        "prepare",
+        _prepare,
+        "Turn a raw corpus into labelled, aligned 24 kHz utterances (Parquet).",
+        takes_more=True,
+        epilog=CORPUS_OPTIONS,
+    )
+    prepare.add_argument("corpus", help="ravdess, crema_d, esd, msp_podcast, or csv_manifest for your own")
     prepare.add_argument(
-        "--raw", nargs="+", help="folder, zip files or URLs of the corpus (default: download it from its home)"
+        "--raw", nargs="+", help="folder, zip files or URLs of the corpus (default: download it, if that is allowed)"
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder to write")
-    prepare.add_argument("--subsets", nargs="+", help="parts of the corpus: speech, song for ravdess (default: all)")
     prepare.add_argument("--num-workers", type=int, help="processes (default: one per core)")
     prepare.add_argument("--align-model", help="CTC model (Hub id or folder) for word times instead of energy")
+    prepare.add_argument("--prosody", action="store_true", help="measure pitch, loudness and rate of every clip")
     prepare.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 
     encode = add_verb("encode", _encode, "Compose conversations from utterances and encode them with the base's Mimi.")
-    encode.add_argument("prepared", type=Path, help="folder that `hf-csm prepare` wrote")
+    encode.add_argument("prepared", help="folder or Hub id of a prepared corpus, or a JSONL manifest of stereo WAVs")
     encode.add_argument("--out", type=Path, required=True, help="folder to write")
     encode.add_argument("--base-model", required=True, help="Hub id or folder of the base model")
     encode.add_argument("--revision", help="branch, tag or commit of the base model")
-    encode.add_argument("--variants", type=int, default=1, help="sets of conversations from the clips (default: 1)")
-    encode.add_argument("--duration-sec", type=float, default=80.0, help="longest conversation (default: 80)")
-    encode.add_argument(
-        "--lead-in-s", type=float, nargs=2, default=(1.0, 2.0), metavar=("MIN", "MAX"),
-        help="seconds of quiet before the first turn (default: 1 2)",
-    )  # fmt: skip
-    encode.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
+    _add_composition(encode)
     encode.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
     encode.add_argument(
         "--batch-sec", type=float, help="most seconds of audio at once (default: 640 on a GPU, 80 on a CPU)"
     )
+
+    describe = add_verb(
+        "describe",
+        _describe,
+        "Show what training with a configuration will see: cells, weights, repeats, hours.",
+        takes_more=True,
+        epilog="Options of the configuration may follow, as in training: --dataset.balance.temperature 0",
+    )
+    describe.add_argument("config", help="YAML file of a run")
+    describe.add_argument("--out", type=Path, default=Path("mixture.png"), help="picture (default: mixture.png)")
+
+    manifest = add_verb(
+        "export-manifest", _export_manifest, "Write conversations as moshi-finetune reads them: WAV, JSON and JSONL."
+    )
+    manifest.add_argument("prepared", help="folder or Hub id of a prepared corpus")
+    manifest.add_argument("--out", type=Path, required=True, help="folder to write")
+    _add_composition(manifest)
+
+    push = add_verb("push-dataset", _push_dataset, "Publish a table on the Hugging Face Hub, if its licence allows.")
+    push.add_argument("folder", type=Path, help="folder that `hf-csm prepare` or `hf-csm encode` wrote")
+    push.add_argument("--repo-id", required=True, help="USER/NAME on the Hub; made if it does not exist")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
 
     export = add_verb("export", _export, "Turn a checkpoint into a folder that PEFT and moshi's own server load.")
     export.add_argument("checkpoint", type=Path, help="a run's checkpoint, such as checkpoints/run/checkpoint_000500")
@@ -115,20 +156,65 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_composition(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--label", choices=("acted", "perceived", "agreed"), default="acted",
+        help="emotion of a clip: as acted, as raters heard it, or only where both agree (default: acted)",
+    )  # fmt: skip
+    parser.add_argument("--variants", type=int, default=1, help="sets of conversations from the clips (default: 1)")
+    parser.add_argument("--duration-sec", type=float, default=80.0, help="longest conversation (default: 80)")
+    parser.add_argument(
+        "--lead-in-s", type=float, nargs=2, default=(1.0, 2.0), metavar=("MIN", "MAX"),
+        help="seconds of quiet before the first turn (default: 1 2)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
+
+
+def _composition(options: argparse.Namespace) -> Any:
+    from hf_csm.data.conversation import Composition
+
+    if options.variants < 1:
+        raise UserError(f"--variants is {options.variants}.", "Give a whole number of at least 1.")
+    return Composition(duration_s=options.duration_sec, lead_in_s=tuple(options.lead_in_s), seed=options.seed)
+
+
+def corpus_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what follows the options that all corpora share: `--languages en zh` -> `{"languages": ("en", "zh")}`.
+
+    An option without value is `True`, one with a single value is that value.
+
+    Raises:
+        UserError: an argument that belongs to no option.
+    """
+    options: dict[str, list[str]] = {}
+    name = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            name = name.replace("-", "_")
+            options[name] = [value] if equals else []
+        elif name is None:
+            raise UserError(f"{argument!r} is no option.", "Name the raw corpus with --raw.")
+        else:
+            options[name].append(argument)
+    plain = {0: lambda values: True, 1: lambda values: values[0]}
+    return {name: plain.get(len(values), tuple)(values) for name, values in options.items()}
+
+
 def _prepare(options: argparse.Namespace) -> None:
     from hf_csm.data.prepare import prepare
 
     if options.num_workers is not None and options.num_workers < 1:
         raise UserError(f"--num-workers is {options.num_workers}.", "Give a whole number of at least 1.")
-    corpus_options: dict[str, Any] = {} if options.subsets is None else {"subsets": tuple(options.subsets)}
     report = prepare(
         options.corpus,
         options.raw,
         options.out,
         num_workers=options.num_workers,
         align_model=options.align_model,
+        prosody=options.prosody,
         overwrite=options.overwrite,
-        **corpus_options,
+        **corpus_options(options.more),
     )
     if not report.is_new:
         print(f"{options.out} is already there, from the same input and options: nothing to do.")
@@ -138,32 +224,75 @@ def _prepare(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     import torch
 
-    from hf_csm.data.conversation import Composition
     from hf_csm.data.encode import encode
+    from hf_csm.data.hub import find_table
+    from hf_csm.data.manifest import encode_manifest
     from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_mimi
 
-    if options.variants < 1:
-        raise UserError(f"--variants is {options.variants}.", "Give a whole number of at least 1.")
+    composition = _composition(options)
     if options.batch_sec is not None and not options.batch_sec > 0:
         raise UserError(f"--batch-sec is {options.batch_sec:g}.", "Give more than 0 seconds.")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Set by `accelerate launch`: each process takes its share of the work.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    device = options.device or (gpu if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used: {reason}", "Give cpu, or cuda with a GPU.") from error
-    composition = Composition(duration_s=options.duration_sec, lead_in_s=tuple(options.lead_in_s), seed=options.seed)
+    is_manifest = options.prepared.endswith(".jsonl")
+    if is_manifest and (options.label != "acted" or options.variants != 1):
+        raise UserError(
+            f"{options.prepared} is a manifest of whole conversations: --label and --variants do not apply.",
+            'Leave them out; a row\'s own "emotion" is its label.',
+        )
+    prepared = Path(options.prepared) if is_manifest else find_table(options.prepared)
     base = find_checkpoint(options.base_model, options.revision)
-    report = encode(
-        options.prepared,
+    mimi, sha256 = load_mimi(base, device), codec_sha256(base)
+    shared: dict[str, Any] = {
+        "composition": composition,
+        "batch_s": options.batch_sec,
+        "rank": rank,
+        "world_size": world_size,
+        "progress": rank == 0,
+    }
+    if is_manifest:
+        report = encode_manifest(prepared, options.out, mimi, sha256, **shared)
+    else:
+        report = encode(prepared, options.out, mimi, sha256, label=options.label, variants=options.variants, **shared)
+    if rank == 0:
+        print(report.render())
+
+
+def _describe(options: argparse.Namespace) -> None:
+    from hf_csm.config import parse_run_config
+    from hf_csm.data.describe import describe
+
+    description = describe(parse_run_config(["--config", options.config, *options.more], prog="hf-csm describe"))
+    print(description.render())
+    description.draw(options.out)
+    print(f"Drawn in {options.out}.")
+
+
+def _export_manifest(options: argparse.Namespace) -> None:
+    from hf_csm.data.export_manifest import export_manifest
+    from hf_csm.data.hub import find_table
+
+    report = export_manifest(
+        find_table(options.prepared),
         options.out,
-        load_mimi(base, device),
-        codec_sha256(base),
-        composition=composition,
+        composition=_composition(options),
         variants=options.variants,
-        batch_s=options.batch_sec,
+        label=options.label,
     )
     print(report.render())
+
+
+def _push_dataset(options: argparse.Namespace) -> None:
+    from hf_csm.export.hub import push_table
+
+    print(push_table(options.folder, options.repo_id, private=options.private))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Optional, get_type_hints
+from typing import Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -21,6 +21,8 @@ from hf_csm.errors import UserError
 
 # `Optional[...]` and not `... | None`: jsonargparse resolves these annotations at run time on Python 3.10 too.
 # ruff: noqa: UP045
+
+Trait = Literal["corpus", "emotion", "speaker", "language"]
 
 
 @dataclass
@@ -40,9 +42,11 @@ class Source:
     """One table of codes in the mixture."""
 
     path: str
-    """Folder that `hf-csm encode` wrote."""
+    """Table of codes: a folder, a Hub dataset `user/name`, or a JSONL manifest, which training encodes first."""
     weight: float = 1.0
-    """Factor on the probability of drawing from this table, before balancing."""
+    """Factor on the probability of drawing from this table, before `max_repeats`."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of the Hub dataset; null for its main branch."""
 
     def __post_init__(self) -> None:
         _at_least("dataset.sources.weight", self.weight, 0.0, above=True)
@@ -50,16 +54,30 @@ class Source:
 
 @dataclass
 class Balance:
-    """How often each (corpus, emotion) cell is drawn: `weight * seconds ** temperature`, normalised."""
+    """How often each cell is drawn: `weight * seconds ** temperature`, normalised."""
 
+    by: list[Trait] = field(default_factory=lambda: ["corpus", "emotion"])
+    """A cell is the windows that agree in these; give fewer or more, such as [corpus, emotion, speaker]."""
     temperature: float = 0.5
     """1 draws emotions as recorded, 0 draws them equally often."""
     max_repeats: float = 4.0
     """Most passes over a small cell while the whole mixture is passed once; what it gives up goes to the others."""
 
     def __post_init__(self) -> None:
+        if not self.by or len(set(self.by)) < len(self.by):
+            raise UserError(f"dataset.balance.by is {self.by}.", "Name some of corpus, emotion, speaker, language.")
         _at_least("dataset.balance.temperature", self.temperature, 0.0)
         _at_least("dataset.balance.max_repeats", self.max_repeats, 1.0)
+
+
+@dataclass
+class Replay:
+    """Ordinary dialogues, mixed in so that the model keeps what it could do before. No filter or balance applies."""
+
+    manifest_path: str
+    """Table of codes, as in `sources`; its training split is used."""
+    fraction: float
+    """Share of the drawn windows that are from here."""
 
 
 @dataclass
@@ -67,9 +85,9 @@ class DatasetConfig:
     """What the model hears and how it is told which emotion to speak with."""
 
     manifest_path: Optional[str] = None
-    """Folder of codes to train on, as `hf-csm encode` wrote it. Short for one entry of `sources`."""
+    """Table of codes to train on: a folder, a Hub id or a JSONL manifest. Short for one entry of `sources`."""
     val_manifest_path: Optional[str] = None
-    """Folder of codes whose validation split is evaluated; null for the validation splits of the training tables."""
+    """Table of codes whose validation split is evaluated; null for the validation splits of the training tables."""
     sources: list[Source] = field(default_factory=list)
     """Tables of codes with their weights, to train on several at once."""
     duration_sec: float = 80.0
@@ -80,8 +98,14 @@ class DatasetConfig:
     """Put windows of like length together; false takes `batch_size` windows as they are drawn."""
     balance: Balance = field(default_factory=Balance)
     """Weights of the cells."""
+    replay: Optional[Replay] = None
+    """Ordinary dialogues to mix in; null for none."""
     emotions: Optional[list[str]] = None
     """Train on these emotions only; null for all. With `control: none` this gives one adapter per emotion."""
+    languages: Optional[list[str]] = None
+    """Train on these languages only, such as [en]; null for all."""
+    speakers: Optional[list[str]] = None
+    """Train on these speakers only, such as [ravdess-01]; null for all. Validation keeps its own."""
     control: Literal["prefix", "none"] = "prefix"
     """`prefix` names the emotion in the first frames of the text stream; `none` does not."""
     prefix_template: str = "({emotion})"
@@ -93,6 +117,10 @@ class DatasetConfig:
         _at_least("dataset.duration_sec", self.duration_sec, 0.0, above=True)
         _at_least("dataset.batch_size", self.batch_size, 1)
         _share("dataset.prefix_dropout", self.prefix_dropout)
+        if self.replay is not None:  # not in its own class: there, the parser would bury the message in its own
+            _share("dataset.replay.fraction", self.replay.fraction, below_one=True)
+            if not self.replay.manifest_path:
+                raise UserError("dataset.replay.manifest_path is empty.", "Name a table, or null for no replay.")
         try:
             names_emotion = self.prefix_template.format(emotion="sad") != self.prefix_template
         except (KeyError, IndexError, ValueError):
@@ -102,10 +130,13 @@ class DatasetConfig:
                 f"dataset.prefix_template is {self.prefix_template!r}.",
                 "Put {emotion} where the emotion's name goes, and no other braces.",
             )
+        for name in ("emotions", "languages", "speakers"):
+            if getattr(self, name) == []:
+                raise UserError(f"dataset.{name} is empty: nothing would be left.", "Name some, or null for all.")
         if self.manifest_path and self.sources:
             raise UserError(
                 "dataset.manifest_path and dataset.sources are both given.",
-                "Move the manifest_path into dataset.sources as one more `path:`.",
+                "Name all tables in dataset.sources, or empty it with --dataset.sources '[]'.",
             )
 
     def training_sources(self) -> list[Source]:
@@ -195,14 +226,10 @@ class TrainingConfig:
     """Where metrics also go: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
-        _at_least("training.max_steps", self.max_steps, 1)
-        _at_least("training.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
-        _at_least("training.save_every", self.save_every, 1)
-        _at_least("training.log_every", self.log_every, 1)
-        _at_least("training.eval_every", self.eval_every, 0)
-        _at_least("training.eval_windows", self.eval_windows, 1)
-        _at_least("training.keep_checkpoints", self.keep_checkpoints, 0)
-        _at_least("training.max_grad_norm", self.max_grad_norm, 0.0)
+        for name in ("max_steps", "gradient_accumulation_steps", "save_every", "log_every", "eval_windows"):
+            _at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("eval_every", "keep_checkpoints", "max_grad_norm"):
+            _at_least(f"training.{name}", getattr(self, name), 0)
         unknown = sorted(set(self.trackers) - {"tensorboard", "wandb", "trackio"})
         if unknown:
             raise UserError(
@@ -323,15 +350,15 @@ def _valid_keys(cls: type = RunConfig, prefix: str = "") -> dict[str, bool]:
     keys: dict[str, bool] = {}
     types = get_type_hints(cls)
     for option in dataclasses.fields(cls):
-        name = prefix + option.name
-        keys[name] = dataclasses.is_dataclass(types[option.name])
-        if keys[name]:
-            keys |= _valid_keys(types[option.name], name + ".")
+        name, hint = prefix + option.name, types[option.name]
+        choices: tuple[type, ...] = get_args(hint) if get_origin(hint) is Union else (hint,)
+        kinds = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+        keys |= {name: bool(kinds), **(_valid_keys(kinds[0], name + ".") if kinds else {})}
     return keys
 
 
 def _check_key(name: str, where: str) -> None:
-    keys = _valid_keys()
+    keys = [key for key in _valid_keys() if not name.startswith(f"{key}.")]
     if name in keys:
         return
     # A wrong group or a wrong last word: try the whole name first, then the last word anywhere.

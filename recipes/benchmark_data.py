@@ -1,11 +1,11 @@
-"""Rates of the data path, against what its libraries do bare. Each command prints one row of a Markdown table.
+"""Rates of the data path, against what its libraries do bare. Each command prints a Markdown table.
 
     python recipes/benchmark_data.py prepare
     python recipes/benchmark_data.py loader
 
-`prepare` writes a synthetic RAVDESS of 1,440 clips and compares `hf-csm prepare` with a loop that only decodes,
-resamples and encodes FLAC, over the same files with as many processes; and measures how memory grows with the corpus.
-`loader` measures how fast laid-out micro-batches leave the mixture.
+`prepare` writes about 1,500 synthetic clips of each corpus and compares `hf-csm prepare` with a loop that only
+decodes, resamples and encodes FLAC, over the same files with as many processes. Memory is in `benchmark_scale.py`.
+`loader` measures how fast laid-out micro-batches leave a balanced mixture of four corpora.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import datetime
 import io
 import multiprocessing
 import platform
-import resource
 import statistics
 import tempfile
 import time
@@ -31,17 +30,19 @@ from sentencepiece import SentencePieceProcessor
 
 from hf_csm.config import DatasetConfig, Source
 from hf_csm.data.archive import Member, list_members
-from hf_csm.data.conversation import Composition
-from hf_csm.data.encode import plan_shards, window_table
+from hf_csm.data.labels import EMOTIONS
 from hf_csm.data.layout import NO_TOKEN, Layout
-from hf_csm.data.mixture import MixtureLoader, WindowTable
+from hf_csm.data.mixture import MixtureLoader
 from hf_csm.data.prepare import prepare
-from hf_csm.data.schema import SPLITS, WINDOW_FEATURES
-from hf_csm.data.table import ShardWriter, split_files, write_card
+from hf_csm.data.windows import training_table
 from hf_csm.data.workers import usable_cores
+from hf_csm.testing.codes import RandomWindow, write_random_codes
+from hf_csm.testing.crema_d import write_crema_d
+from hf_csm.testing.esd import write_esd
+from hf_csm.testing.msp_podcast import write_msp_podcast
 from hf_csm.testing.ravdess import write_ravdess
 from hf_csm.testing.tiny_moshi import write_tiny_tokenizer
-from hf_csm.units import FRAME_RATE, SAMPLE_RATE, samples_to_frames
+from hf_csm.units import FRAME_RATE, SAMPLE_RATE
 
 
 def machine() -> str:
@@ -64,9 +65,8 @@ def bare(member: Member) -> int:
     return len(buffer.getvalue())
 
 
-def bare_loop(raw: Path, num_workers: int) -> int:
-    """Run `bare` over all clips of a raw corpus; returns their number."""
-    members = list_members([raw])
+def bare_loop(members: list[Member], num_workers: int) -> int:
+    """Run `bare` over sound files; returns their number."""
     with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("fork")) as pool:
         return sum(1 for _ in pool.map(bare, members, chunksize=16))
 
@@ -78,78 +78,77 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def peak_mib(raw: Path, out: Path, num_workers: int) -> tuple[float, float]:
-    """Prepare in a fresh process; returns the peak memory in MiB of it and of its largest worker."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_prepare_and_weigh, raw, out, num_workers).result()
-
-
-def _prepare_and_weigh(raw: Path, out: Path, num_workers: int) -> tuple[float, float]:
-    prepare("ravdess", raw, out, num_workers=num_workers, progress=False)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-
-
 def benchmark_prepare(num_runs: int = 3) -> str:
-    """Return a table row: rates of prepare and of the bare loop, their ratio, memory for two corpus sizes."""
+    """Return a table row per corpus: rates of prepare and of the bare loop, and their ratio."""
     num_workers = usable_cores()
-    with tempfile.TemporaryDirectory() as scratch:
-        large = write_ravdess(Path(scratch, "large"), layout="actors")
-        small = write_ravdess(Path(scratch, "small"), layout="actors", actors=(1, 2, 17, 22))
+    writers: dict[str, Callable[[Path], object]] = {
+        "ravdess": lambda raw: write_ravdess(raw, layout="actors"),
+        "crema_d": lambda raw: write_crema_d(raw, actors=range(1001, 1021), layout="flat", defects=False),
+        "esd": lambda raw: write_esd(raw, speakers=(1, 2, 3, 11, 12, 13), numbers=range(51, 351), defects=False),
+        "msp_podcast": lambda raw: write_msp_podcast(raw, num_clips=1_600, defects=False),
+    }
+    rows = []
+    for corpus, write in writers.items():
         bare_s, prepare_s = [], []
-        num_clips = bare_loop(large, num_workers)
-        for run in range(num_runs):
-            out = Path(scratch, f"out{run}")
-            bare_s.append(timed(lambda: bare_loop(large, num_workers)))
-            prepare_s.append(
-                timed(lambda out=out: prepare("ravdess", large, out, num_workers=num_workers, progress=False))  # type: ignore[misc]
-            )
-        ratio = statistics.median(bare_s) / statistics.median(prepare_s)
-        small_mib = peak_mib(small, Path(scratch, "small_out"), num_workers)
-        large_mib = peak_mib(large, Path(scratch, "large_out"), num_workers)
-    cells = [
-        f"prepare, {num_clips} clips",
-        f"{num_clips / statistics.median(prepare_s):.0f} clips/s",
-        f"{num_clips / statistics.median(bare_s):.0f} clips/s",
-        f"{ratio:.2f}",
-        f"parent {small_mib[0]:.0f} -> {large_mib[0]:.0f}, worker {small_mib[1]:.0f} -> {large_mib[1]:.0f} MiB",
-        f"{machine()}, {num_workers} processes",
-        datetime.date.today().isoformat(),
-    ]
-    return f"| {' | '.join(cells)} |"
+        with tempfile.TemporaryDirectory() as scratch:
+            raw = Path(scratch, "raw")
+            write(raw)
+            wavs = [member for member in list_members([raw]) if member.file_name.endswith(".wav")]
+            bare_loop(wavs, num_workers)
+            for run in range(num_runs):
+                out = Path(scratch, f"out{run}")
+                bare_s.append(timed(lambda wavs=wavs: bare_loop(wavs, num_workers)))  # type: ignore[misc]
+                begin = time.perf_counter()
+                num_clips = prepare(corpus, raw, out, num_workers=num_workers, progress=False).num_clips
+                prepare_s.append(time.perf_counter() - begin)
+        cells = [
+            f"{corpus}, {len(wavs):,} files, {num_clips:,} rows",
+            f"{num_clips / statistics.median(prepare_s):.0f} clips/s",
+            f"{len(wavs) / statistics.median(bare_s):.0f} clips/s",
+            f"{statistics.median(bare_s) / len(wavs) / (statistics.median(prepare_s) / num_clips):.2f}",
+            f"{machine()}, {num_workers} processes",
+            datetime.date.today().isoformat(),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def benchmark_loader(num_batches: int = 200) -> str:
     """Return a table row: how fast laid-out micro-batches leave the loader of one process, and their padding.
 
-    The conversations are those planned for the 1,440 clips of the speech corpus at 80 s; the codes are random, all 32
-    codebooks of the real Mimi.
+    Four corpora of very different size, ten emotions each, balanced; conversations of 10 to 80 s of random codes, all
+    32 codebooks of the real Mimi, with words and turns: 210 MB, more than the loader keeps in memory.
     """
     layout = Layout((0, 0, *[1] * 7, 0, *[1] * 7), 8, 8, 3, 0, text_card=32_000, card=2048)
+    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = Path(scratch, "tokenizer.model")
         write_tiny_tokenizer(tokenizer)
         tokenize = SentencePieceProcessor(str(tokenizer)).encode
-        raw = write_ravdess(Path(scratch, "raw"), layout="actors")
-        prepare("ravdess", raw, Path(scratch, "prepared"), progress=False)
-        codes = Path(scratch, "codes")
-        _encode_at_random(Path(scratch, "prepared"), codes)
-        table = WindowTable([Source(str(codes))], "train", codec_sha256="0")
-        loader = MixtureLoader(table, layout, tokenize, DatasetConfig(), seed=0)
+        sources = []
+        for corpus, size in {"ravdess": 10, "crema_d": 30, "esd": 60, "msp_podcast": 200}.items():
+            windows = [
+                RandomWindow(emotion, int(rng.integers(125, 1000))) for emotion in EMOTIONS for _ in range(size)
+            ]
+            write_random_codes(Path(scratch, corpus), windows, num_codebooks=32)
+            sources.append(Source(str(Path(scratch, corpus))))
+        config = DatasetConfig(sources=sources)
+        table = training_table(config, None)
+        loader = MixtureLoader(table, layout, tokenize, config, seed=0)
         batches = loader.batches()
         next(batches)
         num_frames = num_padded = 0
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         for batch in islice(batches, num_batches):
             padded = int((batch.codes[:, 1] == NO_TOKEN).sum())
             num_padded += padded
             num_frames += batch.codes[:, 1].numel() - padded
-        duration_s = time.perf_counter() - begin
+        duration_s = max(time.perf_counter() - begin, time.process_time() - begin_cpu)
         begin = time.perf_counter()
         next(loader.batches(start=3_000))
         skip_s = time.perf_counter() - begin
     cells = [
-        f"loader, {len(table)} windows of up to 80 s, {num_batches} micro-batches of 8 x 80 s",
+        f"loader, {len(table)} windows, {len(loader.cells)} cells of 4 corpora, {num_batches} batches of 8 x 80 s",
         f"{num_frames / FRAME_RATE / duration_s:,.0f} s of audio per second and core",
         f"{num_padded / (num_frames + num_padded):.1%}",
         f"{skip_s:.1f} s",
@@ -159,24 +158,9 @@ def benchmark_loader(num_batches: int = 200) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _encode_at_random(prepared: Path, out: Path) -> None:
-    """Write the table that `encode` would, with random codes instead of Mimi's."""
-    rng = np.random.default_rng(0)
-    files = [file for split in SPLITS for file in split_files(prepared, split)]
-    shards, _ = plan_shards(files, Composition(), variants=1)
-    for shard in shards:
-        with ShardWriter(out / "data" / shard.split / shard.name, WINDOW_FEATURES, compression="zstd") as writer:
-            for conversation in shard.conversations:
-                num_frames = samples_to_frames(conversation.num_samples)
-                codes = rng.integers(0, 2048, (2, 32, num_frames), dtype=np.int16)
-                writer.write(window_table(conversation, codes, "ravdess", shard.split))
-    metadata = {"stage": "codes", "codec_sha256": "0"}
-    write_card(out, features=WINDOW_FEATURES, title="random", license="other", splits={}, metadata=metadata, body="")
-
-
 BENCHMARKS: dict[str, tuple[str, Callable[[], str]]] = {
     "prepare": (
-        "what | prepare | bare loop | ratio | peak memory, 240 -> 1,440 clips | machine | date",
+        "corpus | prepare | bare loop | ratio | machine | date",
         benchmark_prepare,
     ),
     "loader": ("what | rate | padding | to skip 3,000 micro-batches | machine | date", benchmark_loader),

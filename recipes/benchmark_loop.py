@@ -21,8 +21,9 @@ from benchmark_data import machine
 from hf_csm.config import DatasetConfig, LoraSettings, MoshiPaths, RunConfig, TrainingConfig
 from hf_csm.data.conversation import Composition
 from hf_csm.data.encode import encode
-from hf_csm.data.mixture import MixtureLoader, WindowTable
+from hf_csm.data.mixture import MixtureLoader
 from hf_csm.data.prepare import prepare
+from hf_csm.data.windows import WindowTable
 from hf_csm.export.native import consolidate
 from hf_csm.models.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_mimi, load_moshi, load_tokenizer

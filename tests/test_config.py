@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_csm.config import RunConfig, dump_run_config, parse_run_config
+from hf_csm.config import Replay, RunConfig, Source, dump_run_config, parse_run_config
 from hf_csm.errors import UserError
 
 
@@ -33,10 +33,21 @@ def test_the_guide_yaml_holds_the_guides_values():
     assert (config.training.max_steps, config.training.save_every, config.training.eval_every) == (3000, 500, 100)
 
 
+def test_the_guide_yaml_mixes_four_corpora():
+    config = parse_run_config(["--config", str(ROOT / GUIDE)]).dataset
+    assert [Path(source.path).name for source in config.sources] == ["ravdess", "crema_d", "esd", "msp_podcast"]
+    assert config.balance.by == ["corpus", "emotion"]
+
+
+def test_a_source_may_name_a_revision():
+    config = parse_run_config(["--dataset.sources", '[{"path": "user/ravdess", "revision": "v1"}]'])
+    assert config.dataset.training_sources() == [Source("user/ravdess", 1.0, "v1")]
+
+
 def test_the_guides_own_keys_are_valid(tmp_path):
     text = """
 moshi_paths: {hf_repo_id: kyutai/moshiko-pytorch-bf16}
-dataset: {manifest_path: codes/a, val_manifest_path: codes/b, duration_sec: 80, batch_size: 8}
+dataset: {manifest_path: data/train.jsonl, val_manifest_path: data/val.jsonl, duration_sec: 80, batch_size: 8}
 lora: {enable: true, rank: 128, alpha: 256, scaling: 2.0, target_modules: [q_proj, v_proj]}
 training: {max_steps: 3000, save_every: 500, eval_every: 100}
 optimizer: {name: adamw, lr: 4e-6, weight_decay: 0.01}
@@ -45,7 +56,7 @@ advanced: {gradient_checkpointing: true}
 """
     (tmp_path / "guide.yaml").write_text(text)
     config = parse_run_config(["--config", str(tmp_path / "guide.yaml")])
-    assert config.dataset.val_manifest_path == "codes/b"
+    assert config.dataset.val_manifest_path == "data/val.jsonl"
     assert config.advanced.gradient_checkpointing is True
     assert config.optimizer.lr == 4e-6
 
@@ -57,8 +68,28 @@ def test_the_command_line_overrides_the_yaml():
     assert config.resume_from_checkpoint == "latest"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "replay"),
+    [
+        ([], Replay("data/dialogues.jsonl", 0.1)),
+        (["--dataset.replay.fraction", "0.3"], Replay("data/dialogues.jsonl", 0.3)),
+        (["--dataset.replay", "null"], None),
+    ],
+)
+def test_replay_is_overridden_like_any_option(tmp_path, arguments, replay):
+    (tmp_path / "run.yaml").write_text("dataset: {replay: {manifest_path: data/dialogues.jsonl, fraction: 0.1}}")
+    assert parse_run_config(["--config", str(tmp_path / "run.yaml"), *arguments]).dataset.replay == replay
+
+
 def test_dump_reads_back_the_same(tmp_path):
-    config = parse_run_config(["--dataset.sources", '[{"path": "a", "weight": 2}]', "--optimizer.betas", "[0.8, 0.9]"])
+    options = {
+        "dataset.sources": '[{"path": "a", "weight": 2, "revision": "v1"}, {"path": "user/b"}]',
+        "dataset.replay": '{"manifest_path": "c.jsonl", "fraction": 0.25}',
+        "dataset.balance.by": "[speaker, emotion]",
+        "dataset.languages": "[en]",
+        "optimizer.betas": "[0.8, 0.9]",
+    }
+    config = parse_run_config([part for name, value in options.items() for part in (f"--{name}", value)])
     (tmp_path / "config.yaml").write_text(dump_run_config(config))
     assert parse_run_config(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -73,6 +104,19 @@ def test_dump_reads_back_the_same(tmp_path):
         ("lora: {rank: 8, alpha: 16, scaling: 1.0}", "lora.scaling is 1", "agree"),
         ("dataset: {sources: [{pth: a}]}", "pth", "--help"),
         ("dataset: {control: loud}", "dataset.control", "--help"),
+        ("dataset: {balance: {by: []}}", "dataset.balance.by is []", "corpus, emotion"),
+        ("dataset: {balance: {by: [emotion, emotion]}}", "['emotion', 'emotion']", "corpus, emotion"),
+        ("dataset: {balance: {by: [colour]}}", "colour", "--help"),
+        ("dataset: {replay: {manifest_path: a, fraction: 1}}", "dataset.replay.fraction is 1", "below 1"),
+        ("dataset: {replay: {manifest_path: a, fractoin: 0.1}}", "replay.fractoin", "replay.fraction?"),
+        ("dataset: {replay: {fraction: 0.1}}", "manifest_path", "--help"),
+        (
+            "dataset: {replay: {manifest_path: '', fraction: 0.1}}",
+            "dataset.replay.manifest_path is empty",
+            "Name a table",
+        ),
+        ("dataset: {speakers: []}", "dataset.speakers is empty", "null for all"),
+        ("dataset: {sources: [{path: a, weight: 0}]}", "dataset.sources.weight is 0", "above 0"),
         ("training: {max_steps: 0}", "training.max_steps is 0", "at least 1"),
         ("training: {trackers: [mlflow]}", "mlflow", "tensorboard"),
         ("dataset: {prefix_template: happy}", "'happy'", "{emotion}"),

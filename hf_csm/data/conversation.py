@@ -8,12 +8,13 @@ copy of the other channel are what taught earlier fine-tunes to fall silent or t
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from hf_csm.data.table import ROWS_PER_GROUP
 from hf_csm.errors import UserError
 from hf_csm.units import (
     SAMPLE_RATE,
@@ -29,59 +30,53 @@ from hf_csm.units import (
 MOSHI = 0
 USER = 1
 FADE_S = 0.005
+BLOCK_CONVERSATIONS = 256
+"""Conversations that are made together and share their users: about 5 hours of sound at the most."""
+BLOCK_USER_GROUPS = 64
+"""Row groups that the users of a block come from, so that a large table is read a few times over, not once a turn."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clip:
-    """The spoken part of an utterance row.
+    """The spoken part of an utterance row; its words and samples stay on disk.
 
     Attributes:
-        place: file and row where its samples are.
+        place: file and row where they are.
         emotion: target emotion, or None if the clip can only be the user's.
         offset: first sample of the row's audio that is used.
         num_samples: that are used.
-        words: `word, start_s, end_s`, seconds from the first sample used.
     """
 
     place: tuple[int, int]
     id: str
     speaker_id: str
+    language: str | None
     emotion: str | None
     offset: Samples
     num_samples: Samples
-    words: tuple[dict, ...]
 
 
-def trimmed_clip(row: dict, place: tuple[int, int], emotion: str | None, margin_s: Seconds) -> Clip:
-    """Return an utterance row without the quiet before its first word and after its last.
+def spoken_part(
+    duration_s: Seconds, start_s: Seconds | None, end_s: Seconds | None, margin_s: Seconds
+) -> tuple[Samples, Samples]:
+    """Return offset and number of the samples of a clip without the quiet before its first word and after its last.
 
     Corpora of read sentences carry a second of it on either side. Kept, it would be the pause that Moshi learns to
     make before it answers, whatever gap is drawn.
 
     Args:
-        row: `id, speaker_id, duration_s, words` of an utterance; without words, all of it is kept.
+        duration_s: of all of the clip.
+        start_s: of its first word; `None` if it has no words: all of it is kept.
+        end_s: of its last word.
         margin_s: kept around the words, because word times are not exact.
     """
-    words = row["words"]
-    start_s = max(words[0]["start_s"] - margin_s, 0.0) if words else 0.0
-    end_s = min(words[-1]["end_s"] + margin_s, row["duration_s"]) if words else row["duration_s"]
-    offset = seconds_to_samples(start_s)
-    shift_s = samples_to_seconds(offset)
-    return Clip(
-        place=place,
-        id=row["id"],
-        speaker_id=row["speaker_id"],
-        emotion=emotion,
-        offset=offset,
-        num_samples=seconds_to_samples(end_s) - offset,
-        words=tuple(
-            {"word": word["word"], "start_s": word["start_s"] - shift_s, "end_s": word["end_s"] - shift_s}
-            for word in words
-        ),
-    )
+    if start_s is None or end_s is None:
+        return 0, seconds_to_samples(duration_s)
+    offset = seconds_to_samples(max(start_s - margin_s, 0.0))
+    return offset, seconds_to_samples(min(end_s + margin_s, duration_s)) - offset
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """A clip on a channel from a sample on."""
 
@@ -95,13 +90,17 @@ class Turn:
         return self.start + self.clip.num_samples
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
-    """A plan: turns in order of time, none overlapping, and the seed of its room tone."""
+    """A plan: turns in order of time, none overlapping, and the seed of its room tone.
+
+    `language` and `emotion` are those of Moshi's channel, `None` where nobody said.
+    """
 
     id: str
     speaker_id: str
-    emotion: str
+    language: str | None
+    emotion: str | None
     variant: int
     turns: tuple[Turn, ...]
     num_samples: Samples
@@ -144,36 +143,74 @@ class Composition:
     """Seed of every draw."""
 
 
+class _Users:
+    """Clips that the user may speak in a block of conversations: of the language, from some row groups of the table.
+
+    A table of at most `BLOCK_USER_GROUPS` row groups is drawn from as a whole.
+    """
+
+    def __init__(self, clips: Sequence[Clip], seeds: tuple[int, int]):
+        self._seeds = seeds
+        self._groups: dict[str | None, dict[tuple[int, int], list[Clip]]] = {}
+        self._speakers: dict[str, int] = {}
+        for clip in clips:
+            group = (clip.place[0], clip.place[1] // ROWS_PER_GROUP)
+            self._groups.setdefault(clip.language, {}).setdefault(group, []).append(clip)
+            self._speakers.setdefault(clip.speaker_id, len(self._speakers))
+        self._block: tuple[str, int] | None = None
+        self._pools: dict[str | None, tuple[list[Clip], np.ndarray]] = {}
+
+    def of_others(
+        self, speaker_id: str, language: str | None, emotion: str, block: int
+    ) -> tuple[list[Clip], np.ndarray]:
+        """Return the clips of the block, and the indices of those that another than the speaker has spoken."""
+        if self._block != (emotion, block):
+            self._block, self._pools = (emotion, block), {}
+        if language not in self._pools:
+            groups = [clips for _, clips in sorted(self._groups[language].items())]
+            if len(groups) > BLOCK_USER_GROUPS:
+                rng = np.random.default_rng([*self._seeds, zlib.crc32(f"{emotion}/{language}".encode()), block])
+                groups = [groups[i] for i in rng.choice(len(groups), BLOCK_USER_GROUPS, replace=False)]
+            pool = sorted((clip for clips in groups for clip in clips), key=lambda clip: clip.id)
+            self._pools[language] = pool, np.array([self._speakers[clip.speaker_id] for clip in pool])
+        pool, speakers = self._pools[language]
+        return pool, np.flatnonzero(speakers != self._speakers[speaker_id])
+
+
 def plan_conversations(clips: Sequence[Clip], composition: Composition, variant: int = 0) -> list[Conversation]:
     """Compose each clip with an emotion into one conversation, as a turn of Moshi's.
 
     All clips must be of one split. A clip too long for `duration_s` is left out; compare ids to count such clips.
-    The plan is a pure function of the arguments.
+    The plan is a pure function of the arguments. Time and memory grow with the number of clips, nothing else.
 
     Returns:
-        Conversations sorted by emotion, then speaker.
+        Conversations sorted by emotion, then by the first of the speaker's clips, so that what is near in the table
+        is read together.
     """
-    voices: dict[tuple[str, str], list[Clip]] = defaultdict(list)
+    voices: dict[tuple[str, str, str | None], list[Clip]] = defaultdict(list)
     for clip in clips:
         if clip.emotion is not None:
-            voices[clip.emotion, clip.speaker_id].append(clip)
-    ordered = sorted(clips, key=lambda clip: clip.id)
-    speakers = np.array([clip.speaker_id for clip in ordered])
+            voices[clip.emotion, clip.speaker_id, clip.language].append(clip)
+    users = _Users(clips, (composition.seed, variant))
     conversations: list[Conversation] = []
-    for (emotion, speaker_id), own_clips in sorted(voices.items()):
-        rng = np.random.default_rng([composition.seed, variant, zlib.crc32(f"{emotion}/{speaker_id}".encode())])
-        others = np.flatnonzero(speakers != speaker_id)
+    num_of_emotion: Counter[str] = Counter()
+    num_of_voice: Counter[tuple[str, str]] = Counter()
+    for (emotion, speaker_id, language), own_clips in sorted(voices.items(), key=lambda item: item[0][0]):
+        name = f"{emotion}/{speaker_id}/{language}"
+        rng = np.random.default_rng([composition.seed, variant, zlib.crc32(name.encode())])
         queue = [own_clips[i] for i in rng.permutation(len(own_clips))]
         queue.reverse()
-        number = 0
         while queue:
-            turns, num_samples = _draw_turns(queue, ordered, others, composition, rng)
+            block = num_of_emotion[emotion] // BLOCK_CONVERSATIONS
+            pool, others = users.of_others(speaker_id, language, emotion, block)
+            turns, num_samples = _draw_turns(queue, pool, others, composition, rng)
             if not turns:
                 continue
             conversations.append(
                 Conversation(
-                    id=f"{speaker_id}-{emotion}-v{variant}-{number:04d}",
+                    id=f"{speaker_id}-{emotion}-v{variant}-{num_of_voice[emotion, speaker_id]:04d}",
                     speaker_id=speaker_id,
+                    language=language,
                     emotion=emotion,
                     variant=variant,
                     turns=tuple(turns),
@@ -181,7 +218,8 @@ def plan_conversations(clips: Sequence[Clip], composition: Composition, variant:
                     seed=int(rng.integers(2**31)),
                 )
             )
-            number += 1
+            num_of_emotion[emotion] += 1
+            num_of_voice[emotion, speaker_id] += 1
     return conversations
 
 
@@ -252,17 +290,21 @@ def room_tone(num_samples: Samples, rng: np.random.Generator, level_db: tuple[fl
     return noise * np.float32(10.0 ** (rng.uniform(*level_db) / 20.0))
 
 
-def words_of(conversation: Conversation) -> list[dict]:
-    """Return every word with its channel, in seconds from the conversation's first sample, in order of time."""
+def words_of(conversation: Conversation, words_in: Callable[[Clip], Sequence[dict]]) -> list[dict]:
+    """Return every word with its channel, in seconds from the conversation's first sample, in order of time.
+
+    Args:
+        words_in: gives all words of a clip's row: `word, start_s, end_s` in seconds from the row's first sample.
+    """
     words = []
     for turn in conversation.turns:
-        offset_s = samples_to_seconds(turn.start)
-        for word in turn.clip.words:
+        shift_s = samples_to_seconds(turn.start - turn.clip.offset)
+        for word in words_in(turn.clip):
             words.append(
                 {
                     "word": word["word"],
-                    "start_s": offset_s + word["start_s"],
-                    "end_s": offset_s + word["end_s"],
+                    "start_s": word["start_s"] + shift_s,
+                    "end_s": word["end_s"] + shift_s,
                     "channel": turn.channel,
                 }
             )

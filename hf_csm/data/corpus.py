@@ -22,9 +22,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from hf_csm.data.align import energy_align, load_ctc_aligner
+from hf_csm.data.align import energy_align
 from hf_csm.data.archive import Member, list_members
 from hf_csm.data.audio import encode_flac, hash_samples, read_audio, resample, to_int16
+from hf_csm.data.ctc import load_ctc_aligner
 from hf_csm.data.download import RemoteArchive, download, is_url
 from hf_csm.data.labels import emotion_id, intensity_id, map_label
 from hf_csm.data.listing import hash_listing, list_clips, looks_like
@@ -128,7 +129,7 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         if not paths:
             raise UserError(
                 f"{self.TITLE} cannot be downloaded by a program.",
-                f"Ask for it at {self.HOMEPAGE}, then name its folder with --raw.",
+                f"Get it at {self.HOMEPAGE}, then name its folder with --raw.",
             )
         members = self.members(paths)
         if self.FILE_NAME is not None and looks_like(members, {self.NAME: self.FILE_NAME}) is None:

@@ -1,87 +1,52 @@
-"""Prepared utterances to a table of codes: compose conversations, encode them, shard by shard."""
+"""Conversations to a table of codes: composed of the clips of a prepared corpus, encoded in batches, part by part."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import shutil
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from hf_csm.data.audio import decode_audio
 from hf_csm.data.codec import encode_waveforms
-from hf_csm.data.conversation import (
-    Composition,
-    Conversation,
-    compose,
-    plan_conversations,
-    trimmed_clip,
-    turns_of,
-    words_of,
-)
-from hf_csm.data.labels import EMOTIONS
-from hf_csm.data.schema import SPLITS, WINDOW_FEATURES
-from hf_csm.data.table import (
-    ParquetRows,
-    ShardWriter,
-    SplitInfo,
-    read_card_metadata,
-    read_columns,
-    shard_name,
-    split_files,
-    write_card,
-)
-from hf_csm.errors import UserError
+from hf_csm.data.conversation import Composition, Conversation, turns_of
+from hf_csm.data.labels import emotion_id
+from hf_csm.data.plan import EncodeReport, PreparedCorpus, count_cells, plan_shards
+from hf_csm.data.schema import WINDOW_FEATURES
+from hf_csm.data.staging import Staging, Unit
+from hf_csm.data.table import SplitInfo, write_card
 from hf_csm.units import SAMPLES_PER_FRAME, samples_to_seconds
 
 
 if TYPE_CHECKING:
     from moshi.models import MimiModel
 
-SHARD_CONVERSATIONS = 256
-"""Conversations in a shard: about 5 hours and 25 MB of 32-codebook codes at the most."""
-AUDIO_CACHE_BYTES = 512 << 20
-"""Memory for the clips' audio: a user's turn may be any clip of the split."""
+__all__ = ["EncodeReport", "encode", "encode_units", "plan_shards", "window_table"]
+
+WINDOWS_VERSION = 2
+"""Part of the fingerprint: raise it when the same input gives other windows."""
+GPU_BATCH_S = 640.0
+CPU_BATCH_S = 80.0
+"""Larger batches fall out of a processor's caches."""
+
+Item = TypeVar("Item", bound=Conversation)
+Item_contra = TypeVar("Item_contra", bound=Conversation, contravariant=True)
 
 
-@dataclass(frozen=True)
-class EncodeReport:
-    """What `encode` made.
+class Sound(Protocol[Item_contra]):
+    """What is heard and said in the conversations of a unit."""
 
-    Attributes:
-        cells: conversations and hours for each (split, emotion).
-        dropped: clips left out, by reason.
-    """
+    def waveform(self, conversation: Item_contra) -> np.ndarray:
+        """Return float32 `[2, S]` at 24 kHz."""
 
-    cells: dict[tuple[str, str], tuple[int, float]]
-    dropped: dict[str, int]
-
-    def render(self) -> str:
-        """Return the report as a text table."""
-        lines = [f"{'split':<12}{'emotion':<12}{'conversations':>14}{'hours':>9}"]
-        for (split, emotion), (count, hours) in sorted(
-            self.cells.items(), key=lambda item: (SPLITS.index(item[0][0]), item[0][1])
-        ):
-            lines.append(f"{split:<12}{emotion:<12}{count:>14}{hours:>9.3f}")
-        lines += [f"dropped: {count} clips, {reason}" for reason, count in sorted(self.dropped.items())]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The conversations of one file of the table."""
-
-    split: str
-    name: str
-    conversations: list[Conversation]
+    def words(self, conversation: Item_contra) -> list[dict]:
+        """Return the words as `WINDOW_FEATURES` has them."""
 
 
 def encode(
@@ -92,161 +57,129 @@ def encode(
     *,
     composition: Composition | None = None,
     variants: int = 1,
+    label: str = "acted",
     batch_s: float | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     progress: bool = True,
 ) -> EncodeReport:
     """Compose the clips of a prepared corpus into conversations and encode them with Mimi.
 
-    Shards are written beside `out` and the folder is renamed when it is whole; a run that was stopped goes on after
-    its last shard.
+    Parts are written beside `out`, which is there when it is whole; a run that was stopped goes on after its last
+    part. With the same arguments but `rank`, several processes share the work, on any machines that see both folders.
 
     Args:
         prepared: folder that `prepare` wrote.
         mimi: codec of the base model, all codebooks active.
         codec_sha256: hash that names the codec in the card.
         variants: different sets of conversations from the same clips.
+        label: which emotion of a clip counts: `acted`, `perceived`, or `agreed` for those where both are the same.
         batch_s: most seconds of audio in a batch, padding and both channels included; by default 640 on a GPU and
             80 on a CPU, where larger batches fall out of its caches.
+        rank: number of this process.
+        world_size: number of processes that share the work.
 
     Raises:
-        UserError: `prepared` is no prepared corpus, or `out` holds something else.
+        UserError: `prepared` is no prepared corpus, has no such labels or gives no conversation, or `out` holds
+            something else.
     """
     composition = composition or Composition()
-    batch_s = batch_s or (640.0 if next(mimi.parameters()).is_cuda else 80.0)
-    prepared, out = Path(prepared), Path(out)
-    card = read_card_metadata(prepared)
-    if card.get("stage") != "prepared":
-        raise UserError(f"{prepared} is not a prepared corpus.", "Run `hf-csm prepare` and give its output here.")
+    corpus = PreparedCorpus(prepared)
+    units, dropped = corpus.plan(composition, variants, label)
     metadata = {
-        "stage": "codes",
-        "corpus": card["corpus"],
+        **{key: corpus.card[key] for key in ("corpus", "builder", "title", "license", "notice")},
         "codec_sha256": codec_sha256,
-        "num_codebooks": mimi.num_codebooks,
-        "composition": json.loads(json.dumps(dataclasses.asdict(composition))),
+        "composition": dataclasses.asdict(composition),
         "variants": variants,
-        "prepared_fingerprint": card["fingerprint"],
-        "notice": card["notice"],
+        "label": label,
+        "prepared_fingerprint": corpus.card["fingerprint"],
     }
-    metadata["fingerprint"] = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
-
-    files = [path for split in SPLITS for path in split_files(prepared, split)]
-    clip_audio = ParquetRows(files, columns=["audio"], cache_bytes=AUDIO_CACHE_BYTES)
-    shards, dropped = plan_shards(files, composition, variants)
-    if not shards:
-        raise UserError(
-            f"No clip of {prepared} fits a conversation of {composition.duration_s:g} seconds.",
-            "Give a longer --duration-sec or a shorter --lead-in-s.",
-        )
-    report = EncodeReport(_count(shards), dropped)
-    if out.exists():
-        if (
-            out.is_dir()
-            and (out / "README.md").exists()
-            and (read_card_metadata(out).get("fingerprint") == metadata["fingerprint"])
-        ):
-            return report
-        raise UserError(f"{out} exists and holds something else.", "Choose another --out, or remove that folder.")
-
-    staging = out.parent / f".{out.name}.{metadata['fingerprint'][:12]}.partial"
-    staging.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found out now, not after a shard
-    hours = sum(hours for _, hours in report.cells.values())
-    with tqdm(total=round(hours * 3600), unit="s", desc=f"encode {card['corpus']}", disable=not progress) as bar:
-        for shard in shards:
-            path = staging / "data" / shard.split / shard.name
-            if not path.exists():
-                _write_shard(path, shard, card["corpus"], clip_audio, mimi, composition, batch_s, bar)
-            else:
-                bar.update(round(_seconds(shard.conversations)))
-    splits = {}
-    for split in SPLITS:
-        paths = split_files(staging, split)
-        num_rows = sum(count for (name, _), (count, _) in report.cells.items() if name == split)
-        if paths:
-            splits[split] = SplitInfo(num_rows, sum(path.stat().st_size for path in paths))
-    write_card(
-        staging,
-        features=WINDOW_FEATURES,
-        title=f"{card['title']}: Mimi codes of conversations",
-        license=card["license"],
-        splits=splits,
-        metadata=metadata,
-        body=_card_body(report, metadata),
+    return encode_units(
+        units,
+        lambda conversations: corpus.read(conversations, composition),
+        out,
+        mimi,
+        metadata,
+        EncodeReport(count_cells(units), dropped),
+        batch_s=batch_s,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
     )
-    staging.rename(out)
-    for abandoned in out.parent.glob(f".{out.name}.*.partial"):  # of other settings
-        shutil.rmtree(abandoned)
-    return report
 
 
-def plan_shards(files: list[Path], composition: Composition, variants: int) -> tuple[list[Shard], dict[str, int]]:
-    """Plan every conversation of every split, in shards of one emotion each; also count the clips left out, by reason.
+def encode_units(
+    units: Sequence[Unit[Item]],
+    read: Callable[[Sequence[Item]], Sound[Item]],
+    out: Path,
+    mimi: MimiModel,
+    metadata: Mapping[str, Any],
+    report: EncodeReport,
+    *,
+    batch_s: float | None,
+    rank: int,
+    world_size: int,
+    progress: bool,
+) -> EncodeReport:
+    """Encode this process's share of the units and publish the table if no other process has work left.
 
     Args:
-        files: of the prepared corpus; a clip's `place` is its file in this list and its row there.
+        read: gives sound and words of a unit's conversations.
+        metadata: what the table depends on, and `corpus, title, license, notice` for the card.
+        report: for the card.
+
+    Returns:
+        the report; it says whether the table is in its place.
     """
-    clips = defaultdict(list)
-    columns = ["id", "speaker_id", "emotion", "duration_s", "words", "split"]
-    for file_index, file in enumerate(files):
-        for row_index, row in enumerate(read_columns([file], columns).to_pylist()):
-            emotion = None if row["emotion"] is None else EMOTIONS[row["emotion"]]
-            clips[row["split"]].append(trimmed_clip(row, (file_index, row_index), emotion, composition.margin_s))
-    shards = []
-    dropped: Counter[str] = Counter()
-    for split in SPLITS:
-        cells = defaultdict(list)
-        for variant in range(variants):
-            for conversation in plan_conversations(clips[split], composition, variant):
-                cells[conversation.emotion].append(conversation)
-        for emotion, conversations in sorted(cells.items()):
-            total = -(-len(conversations) // SHARD_CONVERSATIONS)
-            for index in range(total):
-                part = conversations[index * SHARD_CONVERSATIONS : (index + 1) * SHARD_CONVERSATIONS]
-                shards.append(Shard(split, shard_name(emotion, index, total), part))
-        spoken = {turn.clip.id for part in cells.values() for c in part for turn in c.turns if turn.channel == 0}
-        unlabelled = sum(clip.emotion is None for clip in clips[split])
-        dropped["without an emotion label"] += unlabelled
-        dropped["longer than a conversation may be"] += len(clips[split]) - unlabelled - len(spoken)
-    return shards, {reason: count for reason, count in dropped.items() if count}
+    assert 0 <= rank < world_size, (rank, world_size)
+    batch_s = batch_s or (GPU_BATCH_S if next(mimi.parameters()).is_cuda else CPU_BATCH_S)
+    facts = {"stage": "codes", "version": WINDOWS_VERSION, "num_codebooks": mimi.num_codebooks, **metadata}
+    facts = json.loads(json.dumps(facts))
+    facts["fingerprint"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    staging = Staging(out, facts["fingerprint"])
+    if staging.is_published():
+        return report
+    own_units = units[rank::world_size]
+    total_s = sum(unit.duration_s for unit in own_units)
+    with tqdm(total=round(total_s), unit="s", desc=f"encode {facts['corpus']}", disable=not progress) as bar:
+        for unit in own_units:
+            if staging.has(unit):
+                bar.update(round(unit.duration_s))
+                continue
+            with staging.part(unit, WINDOW_FEATURES) as writer:
+                for table in _encode_unit(unit, read(unit.conversations), facts["corpus"], mimi, batch_s, bar):
+                    writer.write(table)
+
+    def card(table: Path, splits: Mapping[str, SplitInfo]) -> None:
+        write_card(
+            table,
+            features=WINDOW_FEATURES,
+            title=f"{facts['title']}: Mimi codes of conversations",
+            license=facts["license"],
+            splits=splits,
+            metadata=facts,
+            body=_card_body(report, facts),
+            languages=sorted({c.language for unit in units for c in unit.conversations if c.language is not None}),
+        )
+
+    return replace(report, is_complete=staging.publish_table(units, WINDOW_FEATURES, card))
 
 
-def _write_shard(
-    path: Path,
-    shard: Shard,
-    corpus: str,
-    clip_audio: ParquetRows,
-    mimi: MimiModel,
-    composition: Composition,
-    batch_s: float,
-    bar: tqdm,
-) -> None:
-    """Encode the conversations of a shard, longest batches first, and write them in their order."""
-    codes: dict[str, np.ndarray] = {}
-    for batch in _batches(shard.conversations, batch_s):
-        waveforms = [
-            compose(conversation, lambda clip: decode_audio(clip_audio.row(*clip.place)["audio"]), composition)
-            for conversation in batch
-        ]
-        for conversation, window in zip(batch, encode_waveforms(mimi, waveforms), strict=True):
-            codes[conversation.id] = window
-        bar.update(round(_seconds(batch)))
-    with ShardWriter(path, WINDOW_FEATURES, compression="zstd") as writer:
-        for conversation in shard.conversations:
-            writer.write(window_table(conversation, codes[conversation.id], corpus, shard.split))
-
-
-def window_table(conversation: Conversation, codes: np.ndarray, corpus: str, split: str) -> pa.Table:
-    """Return the window row of a conversation and its `codes`, int16 `[2, Q, T]`, as a table."""
+def window_table(
+    conversation: Conversation, codes: np.ndarray, corpus: str, split: str, words: Sequence[dict] = ()
+) -> pa.Table:
+    """Return the window row of a conversation, its `codes` (int16 `[2, Q, T]`) and its words as a table."""
     schema = WINDOW_FEATURES.arrow_schema
     row = {
         "id": f"{corpus}-{conversation.id}",
         "corpus": corpus,
         "split": split,
-        "emotion": EMOTIONS.index(conversation.emotion),
+        "emotion": emotion_id(conversation.emotion),
         "speaker_id": conversation.speaker_id,
-        "language": None,
+        "language": conversation.language,
         "codes": None,
         "num_frames": codes.shape[2],
-        "words": words_of(conversation),
+        "words": list(words),
         "turns": turns_of(conversation),
         "variant": conversation.variant,
     }
@@ -257,9 +190,23 @@ def window_table(conversation: Conversation, codes: np.ndarray, corpus: str, spl
     return table.set_column(schema.get_field_index("codes"), schema.field("codes"), nested)
 
 
-def _batches(conversations: Sequence[Conversation], batch_s: float) -> list[list[Conversation]]:
+def _encode_unit(
+    unit: Unit[Item], sound: Sound[Item], corpus: str, mimi: MimiModel, batch_s: float, bar: tqdm
+) -> list[pa.Table]:
+    """Encode the conversations of a unit, longest batches first; return their rows in order."""
+    tables: dict[str, pa.Table] = {}
+    for batch in _batches(unit.conversations, batch_s):
+        waveforms = [sound.waveform(conversation) for conversation in batch]
+        for conversation, codes in zip(batch, encode_waveforms(mimi, waveforms), strict=True):
+            words = sound.words(conversation)
+            tables[conversation.id] = window_table(conversation, codes, corpus, unit.split, words)
+        bar.update(round(sum(samples_to_seconds(conversation.num_samples) for conversation in batch)))
+    return [tables[conversation.id] for conversation in unit.conversations]
+
+
+def _batches(conversations: Sequence[Item], batch_s: float) -> list[list[Item]]:
     """Put conversations of like length together, two channels each, up to `batch_s` seconds with padding."""
-    batches: list[list[Conversation]] = []
+    batches: list[list[Item]] = []
     for conversation in sorted(conversations, key=lambda c: (-c.num_samples, c.id)):
         longest_s = samples_to_seconds(batches[-1][0].num_samples) if batches else 0.0
         if not batches or 2 * longest_s * (len(batches[-1]) + 1) > batch_s:
@@ -268,29 +215,21 @@ def _batches(conversations: Sequence[Conversation], batch_s: float) -> list[list
     return batches
 
 
-def _seconds(conversations: Sequence[Conversation]) -> float:
-    return samples_to_seconds(sum(conversation.num_samples for conversation in conversations))
-
-
-def _count(shards: Sequence[Shard]) -> dict[tuple[str, str], tuple[int, float]]:
-    cells: dict[tuple[str, str], tuple[int, float]] = {}
-    for shard in shards:
-        emotion = shard.conversations[0].emotion
-        count, hours = cells.get((shard.split, emotion), (0, 0.0))
-        cells[shard.split, emotion] = (
-            count + len(shard.conversations),
-            hours + _seconds(shard.conversations) / 3600,
-        )
-    return cells
-
-
-def _card_body(report: EncodeReport, metadata: dict) -> str:
+def _card_body(report: EncodeReport, facts: Mapping[str, Any]) -> str:
+    origin = (
+        f"The dialogues of `{facts['manifest']}`, both channels as recorded,"
+        if "manifest" in facts
+        else f"Conversations composed from the corpus {facts['corpus']!r}"
+    )
+    settings = {
+        "codec (SHA-256 of its weights and configuration)": facts["codec_sha256"],
+        "composition": json.dumps(facts["composition"]),
+        **{key: facts[key] for key in ("label", "variants") if key in facts},
+    }
+    lines = "\n".join(f"- {name}: `{value}`" for name, value in settings.items())
     return (
-        f"Conversations composed from the corpus {metadata['corpus']!r} and encoded with Mimi, "
-        f"{metadata['num_codebooks']} codebooks, {SAMPLES_PER_FRAME} samples a frame.\n"
+        f"{origin} encoded with Mimi, {facts['num_codebooks']} codebooks, {SAMPLES_PER_FRAME} samples a frame.\n"
         f"`codes` is `[2, Q, T]`: Moshi's channel, then the user's.\n\n"
-        f"- codec (SHA-256 of its weights and configuration): `{metadata['codec_sha256']}`\n"
-        f"- composition: `{json.dumps(metadata['composition'])}`\n"
-        f"- variants: {metadata['variants']}\n\n```\n{report.render()}\n```\n\n"
-        f"## Terms of the corpus\n\n{metadata['notice']}\n"
+        f"{lines}\n\n```\n{report.render()}\n```\n\n"
+        f"## Terms of the corpus\n\n{facts['notice']}\n"
     )

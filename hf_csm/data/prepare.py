@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_csm.data.corpus import CorpusBuilder, make_builder
+from hf_csm.data.figures import draw_prosody
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
 from hf_csm.data.listing import hash_listing
 from hf_csm.data.parts import Part, Piece, make_part, merge_pieces, plan_pieces, read_part
@@ -97,6 +98,7 @@ def prepare(
     *,
     num_workers: int | None = None,
     align_model: str | None = None,
+    prosody: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     **options: Any,
@@ -109,6 +111,7 @@ def prepare(
         out: folder of the table, which must not exist, unless it is this very table.
         num_workers: processes; all cores by default (at most 4 with `align_model`).
         align_model: a CTC model for word times; `None` takes the energy of the clip.
+        prosody: measure pitch, loudness and rate of every clip, and draw them in the card.
         overwrite: replace the table at `out` if it is of other input or options.
         progress: show a bar.
         options: of the corpus.
@@ -118,7 +121,7 @@ def prepare(
             failed: no speaker and no identical audio in two splits. Nothing is published then.
     """
     out = Path(out).expanduser()
-    builder = make_builder(corpus, raw, align_model=align_model, **options)
+    builder = make_builder(corpus, raw, align_model=align_model, prosody=prosody, **options)
     shards, tally = builder.shards()
     fingerprint = _fingerprint(builder, shards)
     staging = out.absolute().parent / f".{out.absolute().name}.partial"
@@ -251,6 +254,7 @@ def _write_card(
         if files:
             num_rows = sum(row.num_clips for row in report.rows if row.split == split)
             splits[split] = SplitInfo(num_rows, sum(file.stat().st_size for file in files))
+    prosody = f"\n{draw_prosody(table).strip()}\n" if builder.config.prosody else ""
     body = f"""
 {builder.TITLE}, prepared by hf-csm: one row is one clip of one speaker, 24 kHz mono FLAC with its transcript, word
 times and emotion in the label space that all corpora share.
@@ -266,7 +270,7 @@ samples = decode_audio(row["audio"])  # float32, 24 kHz
 No speaker and no recording is in two splits.
 
 {report.render()}
-
+{prosody}
 ## Source and terms
 
 {builder.NOTICE}

@@ -27,6 +27,8 @@ from hf_csm.errors import UserError
 
 
 ROWS_PER_GROUP = 32
+WINDOWS_PER_GROUP = 4
+"""In tables of codes: a window weighs 70 kB and is read by itself, in any order."""
 MAX_SHARD_BYTES = 480_000_000
 """A cell with more is cut in files of equal size, which therefore have at least half of it."""
 CARD_NAME = "README.md"
@@ -37,6 +39,7 @@ _SIZE_CATEGORIES = (
     (100_000, "10K<n<100K"),
     (1_000_000, "100K<n<1M"),
     (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"),
 )
 
 
@@ -84,6 +87,7 @@ class ShardWriter:
         self._path = path
         self._part = path.with_name(path.name + ".tmp")
         self._schema = features.arrow_schema
+        self._rows_per_group = WINDOWS_PER_GROUP if "codes" in features else ROWS_PER_GROUP
         self._pending: list[pa.Table] = []
         self._num_pending = 0
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,11 +102,11 @@ class ShardWriter:
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=self._schema)
         self._pending.append(table)
         self._num_pending += len(table)
-        while self._num_pending >= ROWS_PER_GROUP:
+        while self._num_pending >= self._rows_per_group:
             pending = pa.concat_tables(self._pending)
-            self._writer.write_table(pending.slice(0, ROWS_PER_GROUP))
-            self._pending = [pending.slice(ROWS_PER_GROUP)]
-            self._num_pending -= ROWS_PER_GROUP
+            self._writer.write_table(pending.slice(0, self._rows_per_group))
+            self._pending = [pending.slice(self._rows_per_group)]
+            self._num_pending -= self._rows_per_group
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -157,7 +161,7 @@ def write_card(
         "language": list(languages),
         "pretty_name": title,
         "tags": list(tags),
-        "size_categories": [next((name for limit, name in _SIZE_CATEGORIES if num_rows < limit), "n>10M")],
+        "size_categories": [next((name for limit, name in _SIZE_CATEGORIES if num_rows < limit), "100M<n<1B")],
         "configs": [
             {
                 "config_name": "default",
@@ -210,8 +214,10 @@ class ParquetRows:
         self._num_cached_bytes = 0
         # First row of each row group, and one past the last row.
         self._starts: list[list[int]] = []
+        self._metadata: list[pq.FileMetaData] = []  # parsed once, not at every read
         for file in self._files:
             metadata = _open_parquet(file).metadata
+            self._metadata.append(metadata)
             lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             self._starts.append([0, *np.cumsum(lengths).tolist()])
 
@@ -239,7 +245,7 @@ class ParquetRows:
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key]
-        with _open_parquet(self._files[file_index]) as file:
+        with _open_parquet(self._files[file_index], self._metadata[file_index]) as file:
             table = file.read_row_group(group, columns=self._columns, use_threads=False).combine_chunks()
         self._groups[key] = table
         self._num_cached_bytes += table.nbytes
@@ -277,9 +283,9 @@ def nested_to_numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return array.to_numpy(zero_copy_only=False).reshape(shape)
 
 
-def _open_parquet(file: str | Path) -> pq.ParquetFile:
+def _open_parquet(file: str | Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file, memory_map=False)
+        return pq.ParquetFile(file, memory_map=False, metadata=metadata)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(
             f"{file}: not a Parquet file that can be read ({str(error).splitlines()[0]}).",

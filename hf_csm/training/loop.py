@@ -18,9 +18,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from tqdm import tqdm
 
-from hf_csm.config import RunConfig, Source, dump_run_config
+from hf_csm.config import RunConfig, dump_run_config
 from hf_csm.data.collate import Batch, collate
-from hf_csm.data.mixture import MixtureLoader, WindowTable, lay_out_row, validation_batches
+from hf_csm.data.describe import describe_mixture
+from hf_csm.data.mixture import MixtureLoader, lay_out_row, validation_batches
+from hf_csm.data.windows import held_out_table, training_table
 from hf_csm.errors import UserError
 from hf_csm.models.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter
 from hf_csm.models.moshi import MoshiLM, codec_sha256, find_checkpoint, load_moshi, load_tokenizer
@@ -38,9 +40,10 @@ from hf_csm.training.checkpoint import (
 from hf_csm.training.evaluate_loss import evaluate_loss, stream_means
 from hf_csm.training.interrupt import StopRequest
 from hf_csm.training.loss import STREAMS, stream_masks, stream_sums, token_weights, weighted_sum
+from hf_csm.training.manifests import encode_manifests
 from hf_csm.training.metrics_log import MetricsLog
 from hf_csm.training.optim import build_optimizer, learning_rate, set_learning_rate
-from hf_csm.units import frames_to_seconds, seconds_to_frames
+from hf_csm.units import frames_to_seconds
 
 
 logger = get_logger(__name__)
@@ -86,21 +89,15 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
 
     base = find_checkpoint(config.moshi_paths.hf_repo_id, config.moshi_paths.revision)
     tokenize = load_tokenizer(base).encode
-    open_table = partial(
-        WindowTable,
-        codec_sha256=codec_sha256(base),
-        emotions=config.dataset.emotions,
-        max_frames=seconds_to_frames(config.dataset.duration_sec),
-    )
-    sources = config.dataset.training_sources()
-    train_table = open_table(sources, "train")
+    codec = codec_sha256(base)
+    dataset = encode_manifests(config, base, accelerator)
+    train_table = training_table(dataset, codec)
     if train_table.num_cut:
         logger.warning(
             f"{train_table.num_cut} of {len(train_table)} windows are longer than dataset.duration_sec "
             f"({config.dataset.duration_sec:g} s) and are cut there."
         )
-    held_out = [Source(config.dataset.val_manifest_path)] if config.dataset.val_manifest_path else sources
-    validation_table = open_table(held_out, "validation")
+    validation_table = held_out_table(dataset, "validation", codec)
 
     model = load_moshi(
         base,
@@ -124,7 +121,7 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
         train_table,
         model.layout,
         tokenize,
-        config.dataset,
+        dataset,
         seed=config.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -147,7 +144,11 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
     log = MetricsLog(run_dir / "metrics.jsonl", accelerator, None if resume_path is None else progress.step)
     if accelerator.is_main_process:
         (run_dir / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
-    accelerator.print(_describe(loader, model))
+    tables = {"train": train_table, "validation": validation_table}
+    accelerator.print(describe_mixture(loader.cells, loader.probabilities, dataset, tables).render())
+    trained = sum(parameter.numel() for parameter in adapter_parameters(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    accelerator.print(f"{trained:,} of {total:,} weights are trained ({trained / total:.2%}).")
 
     def read(rows: list[int]) -> Batch:
         windows = [lay_out_row(validation_table, row, model.layout, tokenize, config.dataset) for row in rows]
@@ -351,16 +352,3 @@ def _build_accelerator(config: RunConfig, run_dir: Path) -> Accelerator:
             "On a machine without GPU, set ACCELERATE_USE_CPU=true for torchrun.",
         )
     return accelerator
-
-
-def _describe(loader: MixtureLoader, model: MoshiLM) -> str:
-    """Return what will be trained on what, as text."""
-    lines = [f"{'corpus':<14}{'emotion':<12}{'windows':>9}{'hours':>8}{'drawn':>8}"]
-    for cell, probability in zip(loader.cells, loader.probabilities, strict=True):
-        lines.append(
-            f"{cell.corpus:<14}{cell.emotion:<12}{len(cell.rows):>9}{cell.duration_s / 3600:>8.2f}{probability:>8.1%}"
-        )
-    trained = sum(parameter.numel() for parameter in adapter_parameters(model))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    lines.append(f"{trained:,} of {total:,} weights are trained ({trained / total:.2%}).")
-    return "\n".join(lines)

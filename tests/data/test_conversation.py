@@ -1,38 +1,36 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from hf_csm.data.conversation import (
     MOSHI,
     USER,
+    Clip,
     Composition,
     compose,
     plan_conversations,
     room_tone,
-    trimmed_clip,
+    spoken_part,
     turns_of,
     words_of,
 )
+from hf_csm.data.table import ROWS_PER_GROUP
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME, seconds_to_samples
 
 
-def make_row(number, speaker=0, duration_s=2.0):
-    words = [{"word": "hello", "start_s": 0.5, "end_s": 0.9}, {"word": "there", "start_s": 1.0, "end_s": 1.4}]
-    return {
-        "id": f"s{speaker}-{number}",
-        "speaker_id": f"s{speaker}",
-        "duration_s": duration_s + 0.1 * number,
-        "words": words,
-    }
+WORDS = [{"word": "hello", "start_s": 0.5, "end_s": 0.9}, {"word": "there", "start_s": 1.0, "end_s": 1.4}]
 
 
-def make_clips(num_speakers=3, clips_each=6, emotions=("happy", "sad"), duration_s=2.0, margin_s=9.0):
+def make_clip(number, speaker=0, emotion="happy", *, duration_s=2.0, margin_s=9.0, language="en", row=None):
+    place = (0, number if row is None else row)
+    part = spoken_part(duration_s + 0.1 * number, 0.5, 1.4, margin_s)
+    return Clip(place, f"s{speaker}-{number}", f"s{speaker}", language, emotion, *part)
+
+
+def make_clips(num_speakers=3, clips_each=6, emotions=("happy", "sad"), **options):
     return [
-        trimmed_clip(
-            make_row(number, speaker, duration_s),
-            (0, speaker * clips_each + number),
-            emotions[number % len(emotions)],
-            margin_s,
-        )
+        make_clip(number, speaker, emotions[number % len(emotions)], row=speaker * clips_each + number, **options)
         for speaker in range(num_speakers)
         for number in range(clips_each)
     ]
@@ -99,10 +97,51 @@ def test_a_clip_that_fits_no_conversation_is_left_out():
 
 
 def test_unlabelled_clips_are_the_users_only():
-    clips = [*make_clips(2), trimmed_clip({**make_row(0, 9), "id": "x", "words": []}, (0, 99), None, 0.2)]
+    clips = [*make_clips(2), make_clip(0, speaker=9, emotion=None)]
     turns = [t for c in plan_conversations(clips, COMPOSITION) for t in c.turns]
     assert all(turn.clip.emotion is not None for turn in turns if turn.channel == MOSHI)
-    assert any(turn.clip.id == "x" for turn in turns)
+    assert any(turn.clip.id == "s9-0" for turn in turns)
+
+
+def test_a_conversation_has_one_language():
+    clips = [make_clip(n, speaker, language="en" if speaker < 2 else "zh") for speaker in range(4) for n in range(6)]
+    clips += [make_clip(10 + number, speaker=0, language="zh") for number in range(6)]  # one who speaks both
+    conversations = plan_conversations(clips, COMPOSITION)
+    assert {conversation.language for conversation in conversations} == {"en", "zh"}
+    assert all({turn.clip.language for turn in c.turns} == {c.language} for c in conversations)
+    assert any(turn.channel == USER for c in conversations for turn in c.turns)
+    assert len({conversation.id for conversation in conversations}) == len(conversations)
+
+
+@pytest.fixture
+def many_clips(monkeypatch):
+    """300 clips of 60 speakers in a table of 300 row groups; blocks of 10 conversations with users from 4 of them."""
+    import hf_csm.data.conversation as module
+
+    monkeypatch.setattr(module, "BLOCK_CONVERSATIONS", 10)
+    monkeypatch.setattr(module, "BLOCK_USER_GROUPS", 4)
+    return [
+        make_clip(number, speaker, row=(5 * speaker + number) * ROWS_PER_GROUP)
+        for speaker in range(60)
+        for number in range(5)
+    ]
+
+
+def test_the_users_of_a_block_come_from_few_row_groups(many_clips):
+    conversations = plan_conversations(many_clips, COMPOSITION)
+    blocks = [
+        {t.clip.place[1] // ROWS_PER_GROUP for c in conversations[start : start + 10] for t in c.turns if t.channel}
+        for start in range(0, len(conversations), 10)
+    ]
+    assert len(blocks) > 5
+    assert all(len(groups) <= 4 for groups in blocks)
+    assert len(set.union(*blocks)) > 4 * len(blocks) / 2  # other ones in every block
+
+
+def test_a_small_table_gives_users_from_all_of_it(many_clips):
+    conversations = plan_conversations([dataclasses.replace(c, place=(0, 0)) for c in many_clips], COMPOSITION)
+    users = {turn.clip.speaker_id for c in conversations[:40] for turn in c.turns if turn.channel == USER}
+    assert len(users) > 20
 
 
 def test_a_lone_speaker_hears_room_tone():
@@ -140,9 +179,9 @@ def test_the_waveform_at_a_words_time_is_the_clips(margin_s):
     quiet = Composition(duration_s=20.0, room_tone_db=(-90.0, -90.0))
     for conversation in plan_conversations(make_clips(margin_s=margin_s), quiet):
         waveform = compose(conversation, samples_of, quiet)
-        words = iter(words_of(conversation))
+        words = iter(words_of(conversation, lambda clip: WORDS))
         for turn in conversation.turns:
-            for own in make_row(0)["words"]:
+            for own in WORDS:
                 word = next(words)
                 assert (word["word"], word["channel"]) == (own["word"], turn.channel)
                 # A hundredth of a second into the word: its edge may lie in the fade.
@@ -152,21 +191,18 @@ def test_the_waveform_at_a_words_time_is_the_clips(margin_s):
         assert next(words, None) is None
 
 
-def test_the_quiet_around_the_words_of_a_clip_is_cut_to_the_margin():
-    clip = trimmed_clip(make_row(0, duration_s=3.0), (0, 0), "sad", margin_s=0.2)
-    assert clip.offset == seconds_to_samples(0.3)
-    assert clip.num_samples == seconds_to_samples(1.6 - 0.3)
-    assert [word["start_s"] for word in clip.words] == pytest.approx([0.2, 0.7])
-
-
-def test_a_margin_never_reaches_beyond_the_clip():
-    clip = trimmed_clip(make_row(0), (0, 0), "sad", margin_s=9.0)
-    assert (clip.offset, clip.num_samples) == (0, seconds_to_samples(2.0))
-
-
-def test_a_clip_without_words_is_kept_whole():
-    clip = trimmed_clip({**make_row(0), "words": []}, (0, 0), None, margin_s=0.2)
-    assert (clip.offset, clip.num_samples) == (0, seconds_to_samples(2.0))
+@pytest.mark.parametrize(
+    ("duration_s", "start_s", "end_s", "margin_s", "kept_s"),
+    [
+        (3.0, 0.5, 1.4, 0.2, (0.3, 1.6)),
+        (2.0, 0.5, 1.4, 9.0, (0.0, 2.0)),
+        (2.0, None, None, 0.2, (0.0, 2.0)),
+    ],
+    ids=["the quiet is cut to the margin", "a margin never reaches beyond the clip", "without words all is kept"],
+)
+def test_the_spoken_part_of_a_clip(duration_s, start_s, end_s, margin_s, kept_s):
+    offset, num_samples = spoken_part(duration_s, start_s, end_s, margin_s)
+    assert (offset, offset + num_samples) == tuple(seconds_to_samples(time_s) for time_s in kept_s)
 
 
 def test_turns_and_words_are_stored_in_seconds():

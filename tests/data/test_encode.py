@@ -1,16 +1,21 @@
+import multiprocessing
 import shutil
 from operator import attrgetter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_dataset
 
+import hf_csm.data.conversation
+import hf_csm.data.encode
+import hf_csm.data.staging
 from hf_csm.data.audio import decode_audio
 from hf_csm.data.conversation import Composition, compose
 from hf_csm.data.encode import encode, plan_shards
-from hf_csm.data.schema import SPLITS
-from hf_csm.data.table import ParquetRows, read_card_metadata, split_files
+from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
+from hf_csm.data.table import ParquetRows, ShardWriter, read_card_metadata, read_columns, split_files
 from hf_csm.errors import UserError
 from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_mimi
 from hf_csm.units import SAMPLES_PER_FRAME
@@ -71,6 +76,14 @@ def test_stored_codes_are_those_of_the_streaming_encoder(codes, prepared, mimi):
         np.testing.assert_array_equal(stored[f"ravdess-{conversation.id}"], streamed.numpy())
 
 
+def test_rows_stand_in_the_order_of_the_plan(codes, prepared):
+    files = [path for split in SPLITS for path in split_files(prepared, split)]
+    units, _ = plan_shards(files, COMPOSITION, variants=1)
+    planned = [f"ravdess-{conversation.id}" for unit in units for conversation in unit.conversations]
+    written = [path for split in SPLITS for path in split_files(codes, split)]
+    assert read_columns(written, ["id"]).column("id").to_pylist() == planned
+
+
 def test_words_lie_inside_the_turns_of_their_channel(codes):
     rows = load_dataset(str(codes), split="train")
     assert all(0 <= w["start_s"] < w["end_s"] <= row["num_frames"] / 12.5 for row in rows for w in row["words"])
@@ -93,33 +106,114 @@ def test_encoding_again_does_nothing(codes, prepared, mimi, base):
     assert {path: path.stat().st_mtime_ns for path in codes.rglob("*")} == before
 
 
-def test_a_stopped_run_goes_on_and_gives_the_same_table(codes, prepared, mimi, base, tmp_path, monkeypatch):
-    import hf_csm.data.encode as module
+@pytest.fixture
+def small_units(monkeypatch):
+    """Units of one or two conversations, so that every cell has several, and a codec that takes no time."""
+    for module in (hf_csm.data.conversation, hf_csm.data.staging):
+        monkeypatch.setattr(module, "BLOCK_CONVERSATIONS", 2)
+    monkeypatch.setattr(hf_csm.data.encode, "encode_waveforms", loudness_codes)
 
-    out = tmp_path / "ravdess"
+
+def loudness_codes(mimi, waveforms):
+    """Return int16 `[2, 16, T]` each: the loudness of each frame, so that other sound has other codes."""
+    frames = [waveform.reshape(2, 1, -1, SAMPLES_PER_FRAME).std(axis=-1) for waveform in waveforms]
+    return [np.repeat(1e5 * loudness, 16, axis=1).astype(np.int16) for loudness in frames]
+
+
+def encode_some(prepared, out, mimi, **options):
+    return encode(prepared, out, mimi, "0", composition=COMPOSITION, batch_s=40.0, progress=False, **options)
+
+
+@pytest.fixture
+def straight(small_units, prepared, mimi, tmp_path):
+    """A table that one run made in one go."""
+    report = encode_some(prepared, tmp_path / "straight", mimi)
+    assert report.is_complete
+    return files_of(tmp_path / "straight")
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_table(straight, prepared, mimi, tmp_path, monkeypatch):
+    """It stops before its first batch, then three further on, and so on, until it is through."""
     calls = []
-    real = module.encode_waveforms
 
-    def stop_after_five(*args):
+    def stop_at_every_third(*args):
         calls.append(args)
-        if len(calls) == 6:
+        if len(calls) % 3 == 1:
             raise KeyboardInterrupt
-        return real(*args)
+        return loudness_codes(*args)
 
-    monkeypatch.setattr(module, "encode_waveforms", stop_after_five)
-    with pytest.raises(KeyboardInterrupt):
-        encode(prepared, out, mimi, codec_sha256(base), composition=COMPOSITION, progress=False)
-    assert not out.exists()
-    num_before = len(calls)
-    encode(prepared, out, mimi, codec_sha256(base), composition=COMPOSITION, progress=False)
-    total = len(calls) - 1
-    assert total > num_before  # it had something left to do
-    assert files_of(out) == files_of(codes)
-    monkeypatch.setattr(module, "encode_waveforms", real)
-    again = tmp_path / "again"
-    encode(prepared, again, mimi, codec_sha256(base), composition=COMPOSITION, progress=False)
-    assert files_of(again) == files_of(codes)
+    monkeypatch.setattr(hf_csm.data.encode, "encode_waveforms", stop_at_every_third)
+    out = tmp_path / "out"
+    stops = []
+    while not out.exists() and len(stops) < 50:
+        try:
+            encode_some(prepared, out, mimi)
+        except KeyboardInterrupt:
+            stops.append(out.exists())
+    assert len(stops) > 3
+    assert not any(stops)
+    assert files_of(out) == straight
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (2, 0, 1)])
+def test_many_processes_make_the_table_of_one(straight, prepared, mimi, tmp_path, order):
+    *first, last = [encode_some(prepared, tmp_path / "out", mimi, rank=rank, world_size=len(order)) for rank in order]
+    assert not any(report.is_complete for report in first)
+    assert "other processes" in first[0].render()
+    assert last.is_complete
+    assert files_of(tmp_path / "out") == straight
+    # One that comes late finds the table.
+    assert encode_some(prepared, tmp_path / "out", mimi, rank=0, world_size=len(order)).is_complete
+
+
+def test_the_number_of_processes_may_change_between_runs(straight, prepared, mimi, tmp_path):
+    encode_some(prepared, tmp_path / "out", mimi, rank=2, world_size=3)
+    assert encode_some(prepared, tmp_path / "out", mimi).is_complete
+    assert files_of(tmp_path / "out") == straight
+
+
+def test_two_processes_at_once_make_the_table_of_one(straight, prepared, mimi, tmp_path):
+    context = multiprocessing.get_context("fork")  # with the codec that takes no time
+    processes = [
+        context.Process(
+            target=encode_some, args=(prepared, tmp_path / "out", mimi), kwargs={"rank": rank, "world_size": 2}
+        )
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert files_of(tmp_path / "out") == straight
+
+
+def test_the_label_is_in_the_card(codes, prepared, mimi, tmp_path):
+    assert read_card_metadata(codes)["label"] == "acted"
+    assert "- label: `acted`" in (codes / "README.md").read_text()
+    with pytest.raises(UserError, match="--label agreed"):
+        encode_some(prepared, tmp_path / "out", mimi, label="agreed")
+
+
+def test_another_label_is_another_table(small_units, prepared, mimi, tmp_path):
+    voted = tmp_path / "voted"
+    shutil.copytree(prepared, voted)
+    for path in voted.rglob("*.parquet"):
+        table = pq.read_table(path)
+        column = table.schema.get_field_index("emotion_perceived")
+        table = table.set_column(column, table.schema.field(column), table.column("emotion"))
+        with ShardWriter(path, UTTERANCE_FEATURES) as writer:
+            writer.write(table)
+    encode_some(voted, tmp_path / "out", mimi, label="agreed")
+    assert read_card_metadata(tmp_path / "out")["label"] == "agreed"
+    with pytest.raises(UserError, match="holds something else"):
+        encode_some(voted, tmp_path / "out", mimi, label="perceived")
+
+
+def test_windows_and_card_name_the_language(codes):
+    assert {row["language"] for split in load_dataset(str(codes)).values() for row in split} == {"en"}
+    assert "\nlanguage:\n- en\n" in (codes / "README.md").read_text()
 
 
 def test_variants_compose_other_conversations(prepared, mimi, base, tmp_path):

@@ -1,23 +1,29 @@
 from collections import Counter
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import pytest
 
-from hf_csm.config import Balance, DatasetConfig, Source
+from hf_csm.config import Balance, DatasetConfig, Replay, Source
 from hf_csm.data.labels import EMOTIONS
 from hf_csm.data.layout import NO_TOKEN
 from hf_csm.data.mixture import (
-    Cell,
     MixtureLoader,
-    WindowTable,
     cell_probabilities,
     draw_windows,
+    expected_repeats,
     group_by_length,
+    lay_out_row,
+    mix,
     validation_batches,
 )
+from hf_csm.data.windows import Cell, WindowTable, training_table
 from hf_csm.errors import UserError
 from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_moshi, load_tokenizer
+from hf_csm.testing.codes import RandomWindow, write_random_codes
+
+
+NUMBERS = count()
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +52,10 @@ def make_loader(table, layout, tokenize, **options):
     return MixtureLoader(table, layout, tokenize, config, **{"seed": 0, **numbers})
 
 
-def cell(duration_s, weight=1.0, rows=(0,)):
-    return Cell("c", "happy", weight, np.array(rows), duration_s)
+def cell(duration_s, weight=1.0, rows=None, names=None):
+    """A cell of its own name and of windows of one second, unless told otherwise."""
+    rows = np.arange(duration_s) if rows is None else np.array(rows)
+    return Cell(names or (str(next(NUMBERS)),), weight, rows, float(duration_s))
 
 
 def codes_of(batches):
@@ -73,17 +81,49 @@ def test_cell_probabilities(cells, balance, expected):
     assert cell_probabilities(cells, balance).tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("cells", "temperature", "expected"),
+    [
+        # the cell has 400 s at a mean weight of 1.5; within it 300 x 1 to 100 x 3
+        ([cell(300, 1, names=("a",)), cell(100, 3, names=("a",)), cell(600)], 1, [0.25, 0.25, 0.5]),
+        ([cell(300, 1, names=("a",)), cell(100, 3, names=("a",)), cell(600)], 0, [0.3, 0.3, 0.4]),
+        ([cell(300, 1, names=("a",)), cell(100, 1, names=("a",)), cell(400)], 0.5, [0.375, 0.125, 0.5]),
+    ],
+)
+def test_a_cell_of_several_tables_is_shared_by_weight_and_seconds(cells, temperature, expected):
+    balance = Balance(temperature=temperature, max_repeats=100)
+    assert cell_probabilities(cells, balance).tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_cell_is_passed_more_often_than_allowed(seed):
     rng = np.random.default_rng(seed)
-    cells = [cell(rng.uniform(1, 1000), weight=rng.uniform(0.1, 10)) for _ in range(rng.integers(1, 9))]
+    cells = [
+        cell(rng.uniform(1, 1000), weight=rng.uniform(0.1, 10), rows=range(rng.integers(1, 100)))
+        for _ in range(rng.integers(1, 9))
+    ]
     balance = Balance(temperature=rng.uniform(0, 1), max_repeats=rng.uniform(1, 5))
     probabilities = cell_probabilities(cells, balance)
-    total_s = sum(c.duration_s for c in cells)
     assert probabilities.sum() == pytest.approx(1)
-    assert all(
-        p * total_s / c.duration_s <= balance.max_repeats + 1e-9 for p, c in zip(probabilities, cells, strict=True)
-    )
+    assert expected_repeats(cells, probabilities).max() <= balance.max_repeats + 1e-9
+
+
+def test_cells_below_their_cap_keep_their_proportion():
+    """Windows of 1 s and of 10 s: the caps count seconds, the probabilities windows."""
+    cells = [cell(1000), cell(1000, rows=range(100)), cell(4), cell(4, rows=[0])]
+    probabilities = cell_probabilities(cells, Balance(temperature=0, max_repeats=2))
+    assert probabilities[0] == pytest.approx(probabilities[1])
+    assert expected_repeats(cells, probabilities)[2:] == pytest.approx([2, 2])
+
+
+def test_expected_repeats_are_those_of_an_epoch():
+    cells = [cell(40, rows=range(0, 4)), cell(40, rows=range(4, 44)), cell(10, rows=range(44, 45))]
+    window_s = np.repeat([10.0, 1.0, 10.0], [4, 40, 1])
+    probabilities = cell_probabilities(cells, Balance(temperature=0.5, max_repeats=2))
+    drawn = np.array(list(islice(draw_windows(cells, probabilities.tolist(), seed=1), 20_000)))
+    num_epochs = window_s[drawn].sum() / 90
+    passes = [np.isin(drawn, cell.rows).sum() / len(cell.rows) / num_epochs for cell in cells]
+    assert expected_repeats(cells, probabilities).tolist() == pytest.approx(passes, rel=0.03)
 
 
 def test_drawn_shares_match_the_probabilities():
@@ -181,12 +221,6 @@ def test_emotions_are_drawn_equally_often_at_temperature_0(base, codes, layout, 
     assert all(count / 1000 == pytest.approx(0.25, abs=0.04) for count in counts.values())
 
 
-def test_only_the_wanted_emotions_are_kept(base, codes):
-    table = WindowTable([Source(str(codes))], "train", codec_sha256=codec_sha256(base), emotions=["sad"])
-    assert set(table.emotions) == {"sad"}
-    assert [c.emotion for c in table.cells()] == ["sad"]
-
-
 def test_long_windows_are_cut(base, codes, layout, tokenize):
     table = WindowTable([Source(str(codes))], "train", codec_sha256=codec_sha256(base), max_frames=60)
     assert table.num_frames.max() == 60
@@ -210,24 +244,92 @@ def test_validation_windows_are_a_fixed_set(table):
     assert len(rows) == len(set(rows)) == 6
 
 
-@pytest.mark.parametrize("emotion", ["joyful", "Happy"])
-def test_an_unknown_emotion_is_named(base, codes, emotion):
-    with pytest.raises(UserError, match=emotion):
-        WindowTable([Source(str(codes))], "train", codec_sha256=codec_sha256(base), emotions=[emotion])
-
-
-def test_codes_of_another_codec_are_refused(codes):
-    with pytest.raises(UserError, match=r"codes of codec .*; the base model's is 000000000000"):
-        WindowTable([Source(str(codes))], "train", codec_sha256="0" * 64)
-
-
-def test_a_prepared_corpus_is_not_taken_for_codes(prepared):
-    with pytest.raises(UserError, match="not a table of codes"):
-        WindowTable([Source(str(prepared))], "train", codec_sha256="0" * 64)
-
-
 def test_no_window_left_is_an_error(base, codes, layout, tokenize):
     table = WindowTable([Source(str(codes))], "train", codec_sha256=codec_sha256(base), emotions=["disgust"])
     assert "disgust" in EMOTIONS
     with pytest.raises(UserError, match="No training windows"):
         make_loader(table, layout, tokenize)
+
+
+@pytest.fixture(scope="module")
+def four_corpora(tmp_path_factory):
+    """Four tables of 2, 4, 6 and 8 windows of each of three emotions."""
+    folder = tmp_path_factory.mktemp("four")
+    return [
+        write_random_codes(folder / name, [RandomWindow(emotion) for emotion in EMOTIONS[:3] for _ in range(size)])
+        for name, size in {"ravdess": 2, "crema_d": 4, "esd": 6, "msp_podcast": 8}.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory):
+    return write_random_codes(tmp_path_factory.mktemp("replay") / "dialogues", [RandomWindow(None)] * 5)
+
+
+def drawn_corpora(config, num_draws=10_000):
+    """Return the table, and the share of each corpus and emotion in the first draws."""
+    table = training_table(config, None)
+    cells, probabilities = mix(table, config)
+    drawn = list(islice(draw_windows(cells, probabilities.tolist(), seed=0), num_draws))
+    corpora = Counter(table.corpora[row] for row in drawn)
+    emotions = Counter(table.emotions[row] for row in drawn)
+    return *({name: n / num_draws for name, n in counts.items()} for counts in (corpora, emotions)), drawn
+
+
+def sources_of(folders, weights):
+    return [Source(str(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "weights", "expected"),
+    [
+        (0, (1, 1, 1, 1), (0.25, 0.25, 0.25, 0.25)),
+        (0, (4, 3, 2, 1), (0.4, 0.3, 0.2, 0.1)),
+        (1, (1, 1, 1, 1), (0.1, 0.2, 0.3, 0.4)),
+        (1, (4, 3, 1, 0.5), (0.267, 0.4, 0.2, 0.133)),
+    ],
+)
+def test_four_corpora_are_drawn_by_their_weights(four_corpora, temperature, weights, expected):
+    balance = Balance(temperature=temperature, max_repeats=100)
+    corpora, emotions, _ = drawn_corpora(DatasetConfig(sources=sources_of(four_corpora, weights), balance=balance))
+    assert [corpora[folder.name] for folder in four_corpora] == pytest.approx(expected, abs=0.01)
+    assert all(share == pytest.approx(1 / 3, abs=0.015) for share in emotions.values())
+
+
+def test_balance_by_emotion_draws_a_corpus_by_its_seconds_within_it(four_corpora):
+    balance = Balance(by=["emotion"], temperature=0, max_repeats=100)
+    config = DatasetConfig(sources=sources_of(four_corpora, (1, 1, 1, 1)), balance=balance)
+    corpora, emotions, _ = drawn_corpora(config)
+    assert [corpora[folder.name] for folder in four_corpora] == pytest.approx((0.1, 0.2, 0.3, 0.4), abs=0.01)
+    assert all(share == pytest.approx(1 / 3, abs=0.01) for share in emotions.values())
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.75])
+def test_replay_has_its_share_and_the_rest_keeps_its_proportions(four_corpora, dialogues, fraction):
+    config = DatasetConfig(
+        sources=sources_of(four_corpora, (4, 3, 2, 1)),
+        balance=Balance(temperature=0, max_repeats=100),
+        replay=Replay(str(dialogues), fraction),
+        emotions=["neutral", "happy"],  # not of replay
+    )
+    corpora, _, drawn = drawn_corpora(config)
+    assert corpora.get("dialogues", 0) == pytest.approx(fraction, abs=0.01)
+    assert [corpora[folder.name] for folder in four_corpora] == pytest.approx(
+        [(1 - fraction) * share for share in (0.4, 0.3, 0.2, 0.1)], abs=0.01
+    )
+    table = training_table(config, None)
+    of_replay = Counter(row for row in drawn if table.corpora[row] == "dialogues")
+    assert not of_replay or max(of_replay.values()) - min(of_replay.values()) <= 1  # each window as often
+
+
+def test_windows_without_emotion_get_no_prefix(dialogues, layout, tokenize):
+    config = DatasetConfig(manifest_path=str(dialogues), prefix_dropout=0.0)
+    table = training_table(config, None)
+    assert lay_out_row(table, 0, layout, tokenize, config).num_given == 0
+    assert [cell.names for cell in mix(table, config)[0]] == [("dialogues", "unlabelled")]
+
+
+def test_a_thousand_cells_are_drawn_from():
+    cells = [cell(3, rows=range(3 * i, 3 * i + 3)) for i in range(1000)]
+    drawn = list(islice(draw_windows(cells, [0.001] * 1000, seed=0), 5000))
+    assert len({row // 3 for row in drawn}) > 950
