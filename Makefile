@@ -8,13 +8,14 @@ READY := $(VENV)/.ready
 export NO_TORCH_COMPILE := 1
 
 # Python 3.10 to 3.13 and make are all that has to be there.
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup   only install everything in .venv"
 	@echo "make demo    the whole way on the embedded model and corpus, on CPU; ends with a results table"
 	@echo "make test    the tests"
+	@echo "make test-slow   the few that take minutes"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff put the code in shape"
 
@@ -36,7 +37,10 @@ demo: $(READY)
 	@$(BIN)/python recipes/demo.py
 
 test: $(READY)
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow
 
 lint: $(READY)
 	@$(BIN)/ruff check .

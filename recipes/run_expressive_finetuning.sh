@@ -8,6 +8,7 @@
 #   --config YAML                  options of the run (default: recipes/configs/expressive_finetuning.yaml)
 #   --raw DIR                      raw corpora, each in a folder of its name: DIR/crema_d, ... (default: raw)
 #   --skip-datasets                train on the tables that are there; prepare and encode nothing
+#   --sample-seconds S             length of the clips in which the result speaks (default: 10)
 #   --resume-from-checkpoint PATH  go on from this checkpoint (default: from the newest of the run, if there is one)
 #   -- ...                         everything after this goes to the training, such as --lora.rank 64
 #
@@ -21,13 +22,14 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 fail() { printf 'error: %s\n       %s\n' "$1" "$2" >&2; exit 1; }
 value() { [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 has no value." "See --help."; }
 
-gpus="" config=recipes/configs/expressive_finetuning.yaml raw=raw skip_datasets=false resume=""
+gpus="" config=recipes/configs/expressive_finetuning.yaml raw=raw skip_datasets=false resume="" sample_seconds=10
 while [ $# -gt 0 ]; do
     case "$1" in
         --gpus) value "$@"; gpus=$2; shift 2 ;;
         --config) value "$@"; config=$2; shift 2 ;;
         --raw) value "$@"; raw=$2; shift 2 ;;
         --skip-datasets) skip_datasets=true; shift ;;
+        --sample-seconds) value "$@"; sample_seconds=$2; shift 2 ;;
         --resume-from-checkpoint) value "$@"; resume=$2; shift 2 ;;
         --) shift; break ;;
         -h | --help) usage; exit 0 ;;
@@ -147,7 +149,8 @@ if [ -f "$run_dir/samples/samples.jsonl" ] && [ "$run_dir/samples/samples.jsonl"
     echo "$run_dir/samples is there already."
 else
     mkdir -p "$run_dir/samples"
-    python recipes/generate_samples.py "$best/consolidated" --out "$run_dir/samples" --device $device >"$run_dir/samples/.samples.jsonl"
+    python recipes/generate_samples.py "$best/consolidated" --out "$run_dir/samples" --seconds "$sample_seconds" \
+        --device $device >"$run_dir/samples/.samples.jsonl"
     mv "$run_dir/samples/.samples.jsonl" "$run_dir/samples/samples.jsonl"
 fi
 tail -n 1 "$run_dir/metrics.jsonl"

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from hf_csm.cli import explain, main, run_command
+from hf_csm.cli import corpus_options, explain, main, run_command
 from hf_csm.errors import UserError
+from hf_csm.testing.crema_d import write_crema_d
 from hf_csm.testing.ravdess import write_ravdess
 
 
@@ -57,7 +58,10 @@ def test_ctrl_c_says_how_to_go_on(capsys):
     assert "again to go on" in error_lines(capsys)[-1]
 
 
-@pytest.mark.parametrize("verb", ["prepare", "encode", "export", "doctor"])
+VERBS = ["prepare", "encode", "describe", "export-manifest", "push-dataset", "export", "doctor"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
@@ -90,7 +94,50 @@ def test_preparing_again_says_that_there_is_nothing_to_do(tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {}),
+        (["--languages", "en", "zh"], {"languages": ("en", "zh")}),
+        (["--languages", "en"], {"languages": "en"}),
+        (["--corpus-name=mine"], {"corpus_name": "mine"}),
+        (["--keep-unknown-speakers", "--test-sets", "Test1"], {"keep_unknown_speakers": True, "test_sets": "Test1"}),
+    ],
+)
+def test_a_corpus_has_options_of_its_own(arguments, expected):
+    assert corpus_options(arguments) == expected
+
+
+def test_only_verbs_with_options_of_their_own_take_more(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor", "--languages", "en"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --languages en" in capsys.readouterr().err
+
+
+def test_describe_prints_the_mixture_of_a_configuration_and_draws_it(codes, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"dataset:\n  manifest_path: {codes}\n")
+    picture = tmp_path / "mixture.png"
+    assert main(["describe", str(config), "--out", str(picture), "--dataset.balance.temperature", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("25.0%") == 4
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_manifest_is_exported_and_encoded(prepared, tiny_moshi, tmp_path, capsys):
+    folder = tmp_path / "manifest"
+    assert main(["export-manifest", str(prepared), "--out", str(folder), "--duration-sec", "8"]) == 0
+    command = ["encode", str(folder / "test.jsonl"), "--out", str(tmp_path / "codes"), "--base-model", str(tiny_moshi)]
+    assert main([*command, "--label", "perceived"]) == 1
+    assert "--label and --variants do not apply" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "happy" in capsys.readouterr().out
+    assert (tmp_path / "codes" / "README.md").is_file()
+
+
 def bad_inputs(tmp_path, prepared, codes, tiny_moshi):
+    write_crema_d(tmp_path / "crema_d", actors=(1001,), sentences=("DFA",), layout="flat")
     (tmp_path / "empty").mkdir()
     (tmp_path / "base").mkdir()
     for path in tiny_moshi.iterdir():
@@ -101,6 +148,23 @@ def bad_inputs(tmp_path, prepared, codes, tiny_moshi):
         "unknown corpus": (["prepare", "ravdes", "--raw", str(tmp_path), *out], "ravdess"),
         "missing folder": (["prepare", "ravdess", "--raw", str(tmp_path / "nowhere"), *out], "nowhere"),
         "unknown subset": (["prepare", "ravdess", "--raw", str(tmp_path), "--subsets", "talk", *out], "talk"),
+        "another corpus": (["prepare", "esd", "--raw", str(tmp_path / "crema_d"), *out], "looks like CREMA-D"),
+        "a corpus behind a form": (["prepare", "msp_podcast", *out], "MSP-Podcast cannot be downloaded"),
+        "an option of another corpus": (
+            ["prepare", "ravdess", "--raw", str(tmp_path), "--languages", "en", *out],
+            "no option 'languages'",
+        ),
+        "no perceived labels": (
+            ["encode", str(prepared), "--base-model", str(tiny_moshi), "--label", "perceived", *out],
+            "perceived",
+        ),
+        "manifest of nothing": (
+            ["encode", str(tmp_path / "x.jsonl"), "--base-model", str(tiny_moshi), *out],
+            "x.jsonl",
+        ),
+        "a Hub id that is none": (["export-manifest", str(tmp_path / "nowhere"), *out], "nowhere"),
+        "nothing to publish": (["push-dataset", str(tmp_path / "empty"), "--repo-id", "ann/x"], "empty"),
+        "no configuration": (["describe", str(tmp_path / "no.yaml")], "no.yaml"),
         "empty folder": (["prepare", "ravdess", "--raw", str(tmp_path / "empty"), *out], "empty"),
         "not prepared": (["encode", str(tmp_path / "empty"), "--base-model", str(tiny_moshi), *out], "empty"),
         "base without tokenizer": (
@@ -136,6 +200,14 @@ BAD_INPUTS = (
     "unknown corpus",
     "missing folder",
     "unknown subset",
+    "another corpus",
+    "a corpus behind a form",
+    "an option of another corpus",
+    "no perceived labels",
+    "manifest of nothing",
+    "a Hub id that is none",
+    "nothing to publish",
+    "no configuration",
     "empty folder",
     "not prepared",
     "base without tokenizer",

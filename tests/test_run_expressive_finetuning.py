@@ -60,7 +60,7 @@ def config(tmp_path, tiny_moshi):
 
 @pytest.mark.slow
 def test_raw_corpora_become_an_adapter_and_a_second_run_skips_what_is_done(config, tmp_path):
-    command = ("--gpus", 0, "--config", config, "--raw", tmp_path / "raw")
+    command = ("--gpus", 0, "--config", config, "--raw", tmp_path / "raw", "--sample-seconds", 1)
     first = run(*command)
     assert first.returncode == 0, first.stdout + first.stderr
     stages = [line.removeprefix("--- ") for line in first.stdout.splitlines() if line.startswith("--- ")]
@@ -83,7 +83,7 @@ def test_raw_corpora_become_an_adapter_and_a_second_run_skips_what_is_done(confi
     assert (run_dir / "export").stat().st_mtime_ns == made
 
     more = run(
-        "--gpus", 0, "--config", config, "--skip-datasets",
+        "--gpus", 0, "--config", config, "--skip-datasets", "--sample-seconds", 1,
         "--resume-from-checkpoint", run_dir / "checkpoint_000001", "--", "--training.max_steps", 2,
     )  # fmt: skip
     assert more.returncode == 0, more.stdout + more.stderr

@@ -63,8 +63,7 @@ def to_int16(samples: np.ndarray) -> np.ndarray:
     """Round float samples in -1..1 to int16; what lies outside is clipped."""
     scaled = samples * np.float32(32768)
     np.rint(scaled, out=scaled)
-    np.minimum(scaled, 32767, out=scaled)
-    np.maximum(scaled, -32768, out=scaled)
+    np.clip(scaled, -32768, 32767, out=scaled)
     return scaled.astype(np.int16)
 
 

@@ -168,7 +168,7 @@ def merge_pieces(pieces: list[Piece], path: Path) -> None:
     with ShardWriter(path, UTTERANCE_FEATURES) as writer:
         for piece in pieces:
             stop_if_asked()
-            with pa.OSFile(piece.path) as source:
+            with pa.memory_map(piece.path) as source:
                 batch = pa.ipc.open_file(source).get_batch(piece.batch_index)
             table = pa.Table.from_batches([batch])
             if piece.dropped:

@@ -5,11 +5,6 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable
-from typing import Any
-
-from praatio.utilities.constants import INTERVAL_TIER
-from praatio.utilities.errors import PraatioException
-from praatio.utilities.textgrid_io import parseTextgridStr
 
 from hf_csm.errors import UserError
 
@@ -23,12 +18,7 @@ UNKNOWN_WORD = "<unk>"
 
 _ROUNDING_S = 0.001
 _WORD_TIER = re.compile(r"(?:.* - )?words?", re.IGNORECASE)  # aligners put the speaker before it: "p12 - words"
-# What the long and the short format share once the names of the long one's fields are optional.
-_NUM_TIERS = re.compile(r"<exists>\s*(?:size\s*=\s*)?(\d+)")
-_NUM_INTERVALS = re.compile(
-    r'"IntervalTier"\s*(?:name\s*=\s*)?"(?:[^"]|"")*"'
-    r"\s*(?:xmin\s*=\s*)?[-+.\de]+\s*(?:xmax\s*=\s*)?[-+.\de]+\s*(?:intervals:\s*size\s*=\s*)?(\d+)"
-)
+_TOKEN = re.compile(r'"(?:[^"]|"")*"|(?<!\S)[-+]?\.?\d[^\s"]*|<exists>')
 
 
 def read_words(content: bytes, where: str) -> tuple[TimedWord, ...]:
@@ -44,17 +34,13 @@ def read_words(content: bytes, where: str) -> tuple[TimedWord, ...]:
         UserError: damaged, cut short, without an interval tier, or with words that end before they start.
     """
     tiers = _interval_tiers(_decode(content, where), where)
-    tier = next((tier for tier in tiers if _WORD_TIER.fullmatch(tier["name"].strip())), tiers[0])
-    words = []
+    _, intervals = next((tier for tier in tiers if _WORD_TIER.fullmatch(tier[0].strip())), tiers[0])
     last_end_s = 0.0
-    for start, end, label in tier["entries"]:
-        start_s, end_s = _seconds(start, where), _seconds(end, where)
+    for label, start_s, end_s in intervals:
         if not last_end_s - _ROUNDING_S <= start_s <= end_s:
-            raise _damaged(where, f"the interval {label!r} from {start} to {end} s is out of order")
+            raise _damaged(where, f"the interval {label!r} from {start_s:g} to {end_s:g} s is out of order")
         last_end_s = end_s
-        if label.lower() not in SILENCES:
-            words.append((label, start_s, end_s))
-    return tuple(words)
+    return tuple(interval for interval in intervals if interval[0].lower() not in SILENCES)
 
 
 def place_words(words: Iterable[str], heard: tuple[TimedWord, ...]) -> tuple[TimedWord, ...] | None:
@@ -83,24 +69,45 @@ def place_words(words: Iterable[str], heard: tuple[TimedWord, ...]) -> tuple[Tim
     return tuple(placed) if position == len(heard) else None
 
 
-def _interval_tiers(text: str, where: str) -> list[dict[str, Any]]:
-    try:
-        tiers = parseTextgridStr(text + "\n", includeEmptyIntervals=True)["tiers"]
-    except (PraatioException, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(where, "not a TextGrid in text format") from error
-    found = [tier for tier in tiers if tier["class"] == INTERVAL_TIER]
-    # The parser takes what is left of a file that was cut short for the whole of it.
+def _interval_tiers(text: str, where: str) -> list[tuple[str, list[TimedWord]]]:
+    """Return name and intervals of each interval tier.
+
+    Praat reads both formats alike: of a file, only quoted strings, numbers that stand free and `<exists>` count.
+    """
     if text.count('"') % 2:
         raise _damaged(where, "a label has no end")
-    num_tiers = _NUM_TIERS.search(text)
-    if num_tiers is None or int(num_tiers[1]) != len(tiers):
-        raise _damaged(where, f"{len(tiers)} of {num_tiers[1] if num_tiers else 'unknown'} tiers are there")
-    declared = [int(match[1]) for match in _NUM_INTERVALS.finditer(text)]
-    if declared != [len(tier["entries"]) for tier in found]:
-        raise _damaged(where, "intervals are missing")
+    tokens = _TOKEN.findall(text)
+    found = []
+    try:
+        if tokens[1] != '"TextGrid"' or tokens[4] != "<exists>":
+            raise _damaged(where, "not a TextGrid in text format, or one without tiers")
+        position = 6
+        for _ in range(int(tokens[5])):
+            kind, name, _, _, num_entries = tokens[position : position + 5]
+            num_fields = 3 if kind == '"IntervalTier"' else 2
+            position += 5
+            entries = tokens[position : position + num_fields * int(num_entries)]
+            position += len(entries)
+            labels = [_unquoted(label) for label in entries[num_fields - 1 :: num_fields]]
+            if len(labels) != int(num_entries):
+                raise _damaged(where, f"{len(labels)} of {num_entries} entries are there")
+            if num_fields == 3:
+                starts_s, ends_s = map(float, entries[::3]), map(float, entries[1::3])
+                found.append((_unquoted(name), list(zip(labels, starts_s, ends_s, strict=True))))
+    except (IndexError, ValueError) as error:
+        raise _damaged(where, "something is missing, or is no number") from error
+    if position != len(tokens):
+        raise _damaged(where, "it goes on after its last tier")
     if not found:
         raise _damaged(where, "no interval tier")
     return found
+
+
+def _unquoted(token: str) -> str:
+    """Return the text of a quoted string; `ValueError` if it is none."""
+    if token[0] != '"':
+        raise ValueError(token)
+    return token[1:-1].replace('""', '"').strip()
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -109,13 +116,6 @@ def _decode(content: bytes, where: str) -> str:
         return content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise _damaged(where, "neither UTF-8 nor UTF-16") from error
-
-
-def _seconds(number: str, where: str) -> float:
-    try:
-        return float(number)
-    except ValueError as error:
-        raise _damaged(where, f"{number!r} is not a time") from error
 
 
 def _damaged(where: str, reason: str) -> UserError:
