@@ -80,7 +80,7 @@ def _interval_tiers(text: str, where: str) -> list[tuple[str, list[TimedWord]]]:
     found = []
     try:
         if tokens[1] != '"TextGrid"' or tokens[4] != "<exists>":
-            raise _damaged(where, "not a TextGrid in text format, or one without tiers")
+            raise ValueError("not in text format, or without tiers")
         position = 6
         for _ in range(int(tokens[5])):
             kind, name, _, _, num_entries = tokens[position : position + 5]
@@ -90,12 +90,14 @@ def _interval_tiers(text: str, where: str) -> list[tuple[str, list[TimedWord]]]:
             position += len(entries)
             labels = [_unquoted(label) for label in entries[num_fields - 1 :: num_fields]]
             if len(labels) != int(num_entries):
-                raise _damaged(where, f"{len(labels)} of {num_entries} entries are there")
+                raise ValueError(f"{len(labels)} of {num_entries} entries are there")
             if num_fields == 3:
                 starts_s, ends_s = map(float, entries[::3]), map(float, entries[1::3])
                 found.append((_unquoted(name), list(zip(labels, starts_s, ends_s, strict=True))))
-    except (IndexError, ValueError) as error:
-        raise _damaged(where, "something is missing, or is no number") from error
+    except IndexError as error:
+        raise _damaged(where, "not a TextGrid") from error
+    except ValueError as error:
+        raise _damaged(where, str(error)) from error
     if position != len(tokens):
         raise _damaged(where, "it goes on after its last tier")
     if not found:
@@ -106,7 +108,7 @@ def _interval_tiers(text: str, where: str) -> list[tuple[str, list[TimedWord]]]:
 def _unquoted(token: str) -> str:
     """Return the text of a quoted string; `ValueError` if it is none."""
     if token[0] != '"':
-        raise ValueError(token)
+        raise ValueError(f"{token} stands where a label should")
     return token[1:-1].replace('""', '"').strip()
 
 
