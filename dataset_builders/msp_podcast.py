@@ -183,6 +183,8 @@ class MspPodcast(CorpusBuilder):
                 elif _stem(name) not in sidecars:
                     is_fault = not self.config.allow_missing_text
                     yield Skipped(member, "no transcript", is_fault, action="noted")
+                if label.speaker is None:
+                    yield Skipped(member, "unknown speaker, kept, maybe one of another split", action="noted")
                 yield describe(member, label, agreements.get(name), sidecars.get(_stem(name), ()))
             seen.add(name)
         for name in sorted(labels.keys() - seen):
