@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from hf_csm.errors import UserError
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Member:
     """A file in a folder or in a zip.
 
@@ -97,20 +97,22 @@ def _list_folder(folder: Path) -> list[Member]:
             continue
         seen_folders.add(real_root)
         folders[:] = [name for name in folders if not _is_litter(name)]
+        inside = os.path.relpath(root, folder).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
         for name in files:
-            path = Path(root, name)
             if _is_litter(name):
                 continue
-            if path.suffix.lower() == ".zip":
-                members += _list_zip(path)
+            path = os.path.join(root, name)  # no `Path`: there may be a million files
+            if name.lower().endswith(".zip"):
+                members += _list_zip(Path(path))
                 continue
             try:
-                num_bytes = path.stat().st_size
+                num_bytes = os.stat(path).st_size
             except OSError as error:
                 raise UserError(
                     f"{path}: cannot be read ({error.strerror}).", "Repair the link or remove it."
                 ) from error
-            members.append(Member(path.relative_to(folder).as_posix(), str(folder), num_bytes, is_zipped=False))
+            members.append(Member(prefix + name, str(folder), num_bytes, is_zipped=False))
     return members
 
 
