@@ -20,6 +20,8 @@ from hf_csm.errors import UserError
 GO_ON = "Run the same command again to go on; training also needs --resume-from-checkpoint latest."
 
 
+SHARED_OPTIONS = ("corpus", "raw", "out", "num_workers", "align_model", "prosody", "overwrite", "progress", "name")
+"""Names that no corpus can use for an option of its own."""
 CORPUS_OPTIONS = """options of a corpus, after those above:
   ravdess       --subsets speech song
   esd           --languages en zh
@@ -184,7 +186,7 @@ def corpus_options(arguments: Sequence[str]) -> dict[str, Any]:
     An option without value is `True`, one with a single value is that value.
 
     Raises:
-        UserError: an argument that belongs to no option.
+        UserError: an argument that belongs to no option, or one that is not of a corpus alone.
     """
     options: dict[str, list[str]] = {}
     name = None
@@ -192,6 +194,8 @@ def corpus_options(arguments: Sequence[str]) -> dict[str, Any]:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
+            if name in SHARED_OPTIONS:
+                raise UserError(f"{argument} is not an option.", "See hf-csm prepare --help for how it is spelt.")
             options[name] = [value] if equals else []
         elif name is None:
             raise UserError(f"{argument!r} is no option.", "Name the raw corpus with --raw.")
@@ -232,13 +236,12 @@ def _encode(options: argparse.Namespace) -> None:
     composition = _composition(options)
     if options.batch_sec is not None and not options.batch_sec > 0:
         raise UserError(f"--batch-sec is {options.batch_sec:g}.", "Give more than 0 seconds.")
-    # Set by `accelerate launch`: each process takes its share of the work.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = launched_as()
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     device = options.device or (gpu if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {device} cannot be used: {reason}", "Give cpu, or cuda with a GPU.") from error
     is_manifest = options.prepared.endswith(".jsonl")
@@ -263,6 +266,21 @@ def _encode(options: argparse.Namespace) -> None:
         report = encode(prepared, options.out, mimi, sha256, label=options.label, variants=options.variants, **shared)
     if rank == 0:
         print(report.render())
+
+
+def launched_as() -> tuple[int, int]:
+    """Return number and count of the processes that share the work, as `accelerate launch` sets them.
+
+    Raises:
+        UserError: they make no sense.
+    """
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE is {world_size}.",
+            "Leave them to `accelerate launch`, or number N processes from 0 to N - 1.",
+        )
+    return int(rank), int(world_size)
 
 
 def _describe(options: argparse.Namespace) -> None:

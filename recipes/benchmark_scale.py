@@ -78,7 +78,7 @@ def killed_runs(command: list[str], straight_s: float, num_kills: int, seed: int
     """Kill a command at random moments until it has been killed often enough, then let it end; return the kills."""
     rng = random.Random(seed)
     for kill in range(num_kills):
-        if run(command, kill_after_s=rng.uniform(0.1, 0.25) * straight_s).is_done:
+        if run(command, kill_after_s=rng.uniform(0.06, 0.14) * straight_s).is_done:
             return kill
     run(command)
     return num_kills

@@ -12,33 +12,40 @@
 #   --resume-from-checkpoint PATH  go on from this checkpoint (default: from the newest of the run, if there is one)
 #   -- ...                         everything after this goes to the training, such as --lora.rank 64
 #
-# dataset.sources of the configuration says which corpora: the source codes/esd is made of prepared/esd beside it, and
-# that of raw/esd. RAVDESS is downloaded if it is not there; a corpus that is nowhere is left out of the mixture. A stage
-# that fails stops the script with its name; run again, it skips what is done.
+# Paths in the configuration start from the folder of the repository. Its dataset.sources says which corpora: the source
+# codes/esd is made of prepared/esd beside it, and that of raw/esd. RAVDESS is downloaded if it is not there; a corpus
+# that is nowhere is left out of the mixture. A stage that fails stops the script with its name; run again, it skips what
+# is done.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 fail() { printf 'error: %s\n       %s\n' "$1" "$2" >&2; exit 1; }
 value() { [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 has no value." "See --help."; }
 
-gpus="" config=recipes/configs/expressive_finetuning.yaml raw=raw skip_datasets=false resume="" sample_seconds=10
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+gpus="" config=$root/recipes/configs/expressive_finetuning.yaml raw=$root/raw skip_datasets=false resume="" sample_seconds=10
 while [ $# -gt 0 ]; do
     case "$1" in
         --gpus) value "$@"; gpus=$2; shift 2 ;;
-        --config) value "$@"; config=$2; shift 2 ;;
-        --raw) value "$@"; raw=$2; shift 2 ;;
+        --config) value "$@"; config=$(realpath -m -- "$2"); shift 2 ;;
+        --raw) value "$@"; raw=$(realpath -m -- "$2"); shift 2 ;;
         --skip-datasets) skip_datasets=true; shift ;;
         --sample-seconds) value "$@"; sample_seconds=$2; shift 2 ;;
-        --resume-from-checkpoint) value "$@"; resume=$2; shift 2 ;;
+        --resume-from-checkpoint)
+            value "$@"
+            [ "$2" = latest ] && resume=latest || resume=$(realpath -m -- "$2")
+            shift 2
+            ;;
         --) shift; break ;;
         -h | --help) usage; exit 0 ;;
         *) fail "$1 is not an option." "See --help; options of the training follow after --." ;;
     esac
 done
+cd "$root"
 [ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
 [ -n "$gpus" ] || gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
 [[ $gpus =~ ^[0-9]+$ ]] || fail "--gpus is $gpus." "Give a number, 0 for the CPU."
+[[ $sample_seconds =~ ^[0-9]+([.][0-9]+)?$ ]] || fail "--sample-seconds is $sample_seconds." "Give a number of seconds."
 [ -z "$resume" ] || [ "$resume" = latest ] || [ -d "$resume" ] || fail "$resume: no such checkpoint." "Name a folder checkpoint_NNNNNN of a run."
 
 stage=options
@@ -99,11 +106,13 @@ if [ $skip_datasets = false ]; then
 fi
 
 begin mix
-mixture=$(python - --config "$config" "$@" <<'PYTHON'
+mixture=$(python - ${resume:+--resume} --config "$config" "$@" <<'PYTHON'
 import dataclasses
 import json
 import sys
 from pathlib import Path
+
+import yaml
 
 from hf_csm.cli import run_command
 from hf_csm.config import parse_run_config
@@ -111,14 +120,24 @@ from hf_csm.errors import UserError
 
 
 def show() -> None:
-    sources = parse_run_config(sys.argv[1:]).dataset.training_sources()
+    run = parse_run_config([argument for argument in sys.argv[1:] if argument != "--resume"])
+    sources = run.dataset.training_sources()
     there = [source for source in sources if Path(source.path).exists() or Path(source.path).parent.name != "codes"]
     for source in sources:
         if source not in there:
             print(f"{source.path} is not there and is left out of the mixture.", file=sys.stderr)
     if not there:
         raise UserError("None of the corpora is there.", "Put one in its folder under --raw; see --help.")
-    print(json.dumps([dataclasses.asdict(source) for source in there]))
+    trained = Path(run.run_dir, "config.yaml")
+    mixture = [dataclasses.asdict(source) for source in there]
+    if trained.exists() and "--resume" not in sys.argv:
+        earlier = yaml.safe_load(trained.read_text())["dataset"]["sources"]
+        if earlier and earlier != mixture:
+            raise UserError(
+                f"{run.run_dir} was trained on another mixture: {json.dumps(earlier)}, not {json.dumps(mixture)}.",
+                "Give another folder with `-- --run_dir DIR`, or go on with --resume-from-checkpoint PATH.",
+            )
+    print(json.dumps(mixture))
 
 
 sys.exit(run_command(show))

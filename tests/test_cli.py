@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from hf_csm.cli import corpus_options, explain, main, run_command
+from hf_csm.cli import corpus_options, explain, launched_as, main, run_command
 from hf_csm.errors import UserError
 from hf_csm.testing.crema_d import write_crema_d
 from hf_csm.testing.ravdess import write_ravdess
@@ -108,6 +108,20 @@ def test_a_corpus_has_options_of_its_own(arguments, expected):
     assert corpus_options(arguments) == expected
 
 
+@pytest.mark.parametrize("argument", ["--align_model", "--corpus", "--progress", "--num_workers=2", "stray"])
+def test_no_option_of_a_corpus_can_stand_for_a_shared_one(argument):
+    with pytest.raises(UserError, match=argument):
+        corpus_options([argument, "x"])
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("2", "2"), ("0", "0"), ("abc", "2"), ("-1", "2")])
+def test_processes_that_make_no_sense_are_refused(rank, world_size, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(UserError, match=f"RANK is {rank} and WORLD_SIZE is {world_size}"):
+        launched_as()
+
+
 def test_only_verbs_with_options_of_their_own_take_more(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["doctor", "--languages", "en"])
@@ -178,6 +192,10 @@ def bad_inputs(tmp_path, prepared, codes, tiny_moshi):
             ["encode", str(prepared), "--base-model", str(tiny_moshi), "--device", "tpu9", *out],
             "tpu9",
         ),
+        "a device that computes nothing": (
+            ["encode", str(prepared), "--base-model", str(tiny_moshi), "--device", "meta", *out],
+            "meta",
+        ),
         "range the wrong way": (
             ["encode", str(prepared), "--base-model", str(tiny_moshi), "--lead-in-s", "2", "1", *out],
             "2 to 1",
@@ -215,6 +233,7 @@ BAD_INPUTS = (
     "no variants",
     "no workers",
     "unknown device",
+    "a device that computes nothing",
     "range the wrong way",
     "conversations too short",
     "no batch",

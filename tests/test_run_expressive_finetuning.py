@@ -82,6 +82,12 @@ def test_raw_corpora_become_an_adapter_and_a_second_run_skips_what_is_done(confi
     assert "--- prepare" not in again.stdout
     assert (run_dir / "export").stat().st_mtime_ns == made
 
+    config.write_text(config.read_text().replace("weight: 2.0", "weight: 3.0"))
+    other = run(*command)
+    assert other.returncode == 1
+    assert f"{run_dir} was trained on another mixture" in other.stderr
+    config.write_text(config.read_text().replace("weight: 3.0", "weight: 2.0"))
+
     more = run(
         "--gpus", 0, "--config", config, "--skip-datasets", "--sample-seconds", 1,
         "--resume-from-checkpoint", run_dir / "checkpoint_000001", "--", "--training.max_steps", 2,
@@ -107,6 +113,7 @@ def test_a_failed_stage_stops_the_script_with_its_name(config, tmp_path):
         (("--gpu", 1), "--gpu is not an option"),
         (("--gpus",), "--gpus has no value"),
         (("--gpus", "many"), "--gpus is many"),
+        (("--sample-seconds", "abc"), "--sample-seconds is abc"),
         (("--resume-from-checkpoint", "nowhere"), "nowhere: no such checkpoint"),
     ],
 )
