@@ -87,6 +87,7 @@ class CremaD(CorpusBuilder):
         "under the Database Contents License (DbCL) 1.0: keep this notice, and share databases made of it alike."
     )
     HOMEPAGE = "https://github.com/CheyneyComputerScience/CREMA-D"
+    HOW_TO_GET = f"git clone {HOMEPAGE} and git lfs pull in it (or git clone {MIRROR})"
     LABELS = {**EMOTIONS, **VOTES}
     FILE_NAME = FILE_NAME
 
@@ -181,14 +182,18 @@ def read_votes(summary: Member | None) -> dict[str, str]:
     """
     if summary is None:
         return {}
-    votes = {}
+    votes: dict[str, str] = {}
     for name, vote in read_table(summary, ("FileName", "VoiceVote")):
         if not set(vote.split(TIE)) <= set(VOTES):
             raise UserError(
                 f"{summary}: {name} has the unknown vote {vote!r}.",
                 f"Votes are {' '.join(VOTES)}, with a colon between them on a tie. Get the table again.",
             )
-        votes[name] = vote
+        if votes.setdefault(name, vote) != vote:
+            raise UserError(
+                f"{summary}: two votes on {name}, {votes[name]} and {vote}.",
+                "Remove the wrong row, or get the table again.",
+            )
     return votes
 
 

@@ -6,8 +6,9 @@
 The table is a .csv, .tsv or .jsonl (one object a line) in UTF-8, with paths relative to it, of any sound libsndfile
 reads: wav, flac, ogg, mp3. Its columns, in any order and case, are `path`, `text`, `emotion` (a name of the shared
 label space or a common synonym; empty for none) and `speaker`, and where there is more to say `split`, `language`
-(else en), `gender`, `intensity` (low, medium, high), `arousal`, `valence`, `dominance` (0 to 1), `sentence` (all its
-clips have to be in one split), `emotion_perceived` and `emotion_agreement` (share of the raters, 0 to 1).
+(else en), `gender` (male, female, other), `intensity` (low, medium, high), `arousal`, `valence`, `dominance` (0 to 1),
+`sentence` (all its clips have to be in one split), `emotion_perceived` and `emotion_agreement` (share of the raters, 0
+to 1).
 
 Without a column `split`, a tenth of the speakers validates and a tenth tests, chosen by the hashes of their names.
 """
@@ -60,7 +61,7 @@ SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
-GENDERS = {"m": "male", "f": "female"}
+GENDERS = {"m": "male", "f": "female", "male": "male", "female": "female", "other": "other"}
 
 
 @dataclass
@@ -140,10 +141,14 @@ class CsvManifest(CorpusBuilder):
             if set(splits.values()) == {"train"}:
                 yield Skipped(table, "fewer than three speakers: all of them train", action="noted")
         name_of_id: dict[str, str] = {}
+        first_of: dict[str, tuple[str, dict[str, str]]] = {}
         for where, name, row in rows:
             if name not in files:
                 yield Skipped(name, "row without its file", is_fault=True)
                 continue
+            first_where, first = first_of.setdefault(name, (where, row))
+            if {**row, "path": ""} != {**first, "path": ""}:
+                raise UserError(f"{where}: {name} is in {first_where}, too, and they differ.", "Remove the wrong one.")
             utterance = self._utterance(files[name], row, splits, where)
             if name_of_id.setdefault(utterance.id, name) != name:
                 raise UserError(
@@ -157,7 +162,7 @@ class CsvManifest(CorpusBuilder):
             if not row.get(column):
                 raise UserError(f"{where}: no {column}.", f"Give every clip its {column}.")
         stem = os.path.splitext(member.name)[0].replace("/", "-")
-        sentence, gender = row.get("sentence"), row.get("gender", "").lower()
+        sentence, gender = row.get("sentence"), _choose(row, "gender", GENDERS, where)
         return Utterance(
             id=f"{self.corpus}-{stem}",
             member=member,
@@ -170,7 +175,7 @@ class CsvManifest(CorpusBuilder):
             valence=_share(row, "valence", where),
             dominance=_share(row, "dominance", where),
             speaker_id=f"{self.corpus}-{row['speaker']}",
-            gender=GENDERS.get(gender, gender) or None,
+            gender=GENDERS[gender] if gender else None,
             split=splits[row["speaker"]] if splits else SPLIT_NAMES[_choose(row, "split", SPLIT_NAMES, where) or ""],
             language=row.get("language", "").lower() or "en",
             sentence_id=f"{self.corpus}-{sentence}" if sentence else None,

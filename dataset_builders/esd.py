@@ -61,7 +61,6 @@ class EsdConfig(CorpusConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.languages = (self.languages,) if isinstance(self.languages, str) else tuple(self.languages)
         if not self.languages or not set(self.languages) <= set(LANGUAGES):
             raise UserError(f"esd: unknown languages {self.languages}.", "Choose en, zh or both.")
 
@@ -110,8 +109,8 @@ class Esd(CorpusBuilder):
                 for row in read_transcript(member, language_of(speaker)):
                     if isinstance(row, Skipped):
                         yield row
-                    else:
-                        texts.setdefault(*row)
+                    elif texts.setdefault(*row) != row[1]:
+                        yield Skipped(row[0], "two transcript rows that differ: the first counts", action="noted")
         names = set()
         for member, match in clips:
             name = match.string[: -len(".wav")]
@@ -138,7 +137,7 @@ def describe(member: Member, match: re.Match[str], text: str, language: str) -> 
         raise UserError(
             f"{member}: clip {number:,} of its speaker.", f"ESD has 1 to {NUM_SENTENCES * len(EMOTIONS):,}: remove it."
         )
-    emotion = list(EMOTIONS)[(number - 1) // NUM_SENTENCES]
+    emotion = emotion_of(number)
     sentence = (number - 1) % NUM_SENTENCES + 1
     folders = [folder.capitalize() for folder in member.name.split("/")[:-1]]
     folder = next((folder for folder in reversed(folders) if folder in EMOTIONS), emotion)
@@ -161,6 +160,11 @@ def describe(member: Member, match: re.Match[str], text: str, language: str) -> 
         split=split,
         sentence_id=f"esd-{language}-{sentence:03d}",
     )
+
+
+def emotion_of(number: int) -> str | None:
+    """Return the emotion of a clip's number; `None` if ESD does not have it."""
+    return dict(enumerate(EMOTIONS)).get((number - 1) // NUM_SENTENCES)
 
 
 def language_of(speaker: str) -> str:
@@ -189,6 +193,10 @@ def read_transcript(member: Member, language: str) -> Iterator[tuple[str, str] |
     for number, line in enumerate(decode_transcript(member, language).splitlines(), start=1):
         match = ROW.fullmatch(line.strip())
         fields = [field.strip() for field in match["rest"].split("\t") if field.strip()] if match else []
+        if match and len(fields) == 1:  # spaces for tabs; a sentence may end in the name of another emotion
+            text, _, last = fields[0].rpartition(" ")
+            if text and last in (emotion_of(int(match["name"][5:])), *CHINESE_LABELS):
+                fields = [text.rstrip(), last]
         has_label = bool(fields) and (fields[-1].capitalize() in EMOTIONS or fields[-1] in CHINESE_LABELS)
         parts = fields[:-1] if has_label else fields
         if match and (len(parts) == 1 or (parts and has_label)):

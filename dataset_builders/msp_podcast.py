@@ -27,11 +27,11 @@ from hf_csm.data.download import RemoteArchive
 from hf_csm.data.label_table import read_rows, read_text
 from hf_csm.data.text import normalise_text, split_words
 from hf_csm.data.textgrid import UNKNOWN_WORD, TimedWord, place_words, read_words
-from hf_csm.data.utterance import Skipped, Utterance
+from hf_csm.data.utterance import Skipped, Tally, Utterance
 from hf_csm.errors import UserError
 
 
-FILE_NAME = re.compile(r"MSP-PODCAST_(?:\d{4}_\d{4}(?:_\d{4})?|test3_\d{4})\.wav")
+FILE_NAME = re.compile(r"MSP-PODCAST_(?:\d{4}_\d{4}(?:_\d{4})?|test3_\d{4})\.(?:wav|WAV)")
 EARLIER_RELEASE = re.compile(r"(?:^|/)(?:previous_releases|files_removed_from)[^/]*/", re.IGNORECASE)
 PACKED = (".tar.gz", ".tgz", ".tar")
 EMOTIONS = {
@@ -92,7 +92,6 @@ class MspPodcastConfig(CorpusConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.test_sets = (self.test_sets,) if isinstance(self.test_sets, str) else tuple(self.test_sets)
         if not set(self.test_sets) <= set(TEST_SETS):
             raise UserError(f"msp_podcast: unknown test_sets {self.test_sets}.", f"Choose of {', '.join(TEST_SETS)}.")
 
@@ -163,7 +162,7 @@ class MspPodcast(CorpusBuilder):
         crossing = find_crossing_speakers(labels.values())
         seen: set[str] = set()
         for member in filter(_is_audio, members):
-            name = member.file_name
+            name = f"{_stem(member.file_name)}.wav"
             label = labels.get(name)
             is_test3 = label is None and name.startswith("MSP-PODCAST_test3_")
             if is_test3:  # its rows are kept by the authors
@@ -190,7 +189,7 @@ class MspPodcast(CorpusBuilder):
         for name in sorted(labels.keys() - seen):
             yield Skipped(name, "row of the consensus table without audio", is_fault=True)
 
-    def complete(self, utterance: Utterance) -> Utterance:
+    def complete(self, utterance: Utterance, tally: Tally) -> Utterance:
         """Read transcript and TextGrid; each is enough for the text.
 
         Raises:
@@ -205,9 +204,14 @@ class MspPodcast(CorpusBuilder):
                 heard = read_words(member.read(), str(member))
         if any(character.isalnum() for character in text):
             text = normalise_text(text, str(utterance.member))
-            return dataclasses.replace(utterance, text=text, words=place_words(split_words(text), heard))
+            words = place_words(split_words(text), heard)
+            if heard and words is None:
+                tally.add("noted", "transcript and TextGrid differ", utterance.member.file_name)
+            return dataclasses.replace(utterance, text=text, words=words)
         known = tuple(word for word in heard if word[0].lower() != UNKNOWN_WORD)
         if not known:
+            if utterance.sidecars and not self.config.allow_missing_text:
+                tally.add("noted", "no transcript", utterance.member.file_name)
             return utterance
         return dataclasses.replace(utterance, text=" ".join(word for word, _, _ in known), words=known)
 
@@ -373,7 +377,7 @@ def _checked_rows(table: Member, *schemas: set[str]) -> Iterator[tuple[str, dict
 
 
 def _is_audio(member: Member) -> bool:
-    return member.name.endswith(".wav")
+    return member.name.lower().endswith(".wav")
 
 
 def _is_of_this_release(member: Member) -> bool:
@@ -381,4 +385,4 @@ def _is_of_this_release(member: Member) -> bool:
 
 
 def _stem(file_name: str) -> str:
-    return file_name.removesuffix(".wav")
+    return file_name.removesuffix(".wav").removesuffix(".WAV")

@@ -71,7 +71,6 @@ class RavdessConfig(CorpusConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.subsets = (self.subsets,) if isinstance(self.subsets, str) else tuple(self.subsets)
         if not self.subsets or not set(self.subsets) <= set(ARCHIVES):
             raise UserError(f"ravdess: unknown subsets {self.subsets}.", "Choose speech, song or both.")
 

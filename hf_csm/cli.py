@@ -20,6 +20,7 @@ from hf_csm.errors import UserError
 GO_ON = "Run the same command again to go on; training also needs --resume-from-checkpoint latest."
 
 
+ALREADY_THERE = "{out} is already there, from the same input and options: nothing to do."
 SHARED_OPTIONS = ("corpus", "raw", "out", "num_workers", "align_model", "prosody", "overwrite", "progress", "name")
 """Names that no corpus can use for an option of its own."""
 CORPUS_OPTIONS = """options of a corpus, after those above:
@@ -221,7 +222,7 @@ def _prepare(options: argparse.Namespace) -> None:
         **corpus_options(options.more),
     )
     if not report.is_new:
-        print(f"{options.out} is already there, from the same input and options: nothing to do.")
+        print(ALREADY_THERE.format(out=options.out))
     print(report.render())
 
 
@@ -265,6 +266,8 @@ def _encode(options: argparse.Namespace) -> None:
     else:
         report = encode(prepared, options.out, mimi, sha256, label=options.label, variants=options.variants, **shared)
     if rank == 0:
+        if not report.is_new:
+            print(ALREADY_THERE.format(out=options.out))
         print(report.render())
 
 
@@ -304,6 +307,8 @@ def _export_manifest(options: argparse.Namespace) -> None:
         variants=options.variants,
         label=options.label,
     )
+    if not report.is_new:
+        print(ALREADY_THERE.format(out=options.out))
     print(report.render())
 
 

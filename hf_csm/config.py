@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ class Balance:
     def __post_init__(self) -> None:
         if not self.by or len(set(self.by)) < len(self.by):
             raise UserError(f"dataset.balance.by is {self.by}.", "Name some of corpus, emotion, speaker, language.")
-        _at_least("dataset.balance.temperature", self.temperature, 0.0)
+        _share("dataset.balance.temperature", self.temperature)
         _at_least("dataset.balance.max_repeats", self.max_repeats, 1.0)
 
 
@@ -114,7 +115,7 @@ class DatasetConfig:
     """Share of the training windows without prefix, so that guidance is possible later."""
 
     def __post_init__(self) -> None:
-        _at_least("dataset.duration_sec", self.duration_sec, 0.0, above=True)
+        _at_least("dataset.duration_sec", self.duration_sec, 1.0)
         _at_least("dataset.batch_size", self.batch_size, 1)
         _share("dataset.prefix_dropout", self.prefix_dropout)
         if self.replay is not None:  # not in its own class: there, the parser would bury the message in its own
@@ -314,7 +315,6 @@ def parse_run_config(argv: list[str] | None = None, prog: str | None = None) -> 
     parser = ArgumentParser(prog=prog, exit_on_error=False, description="Train a LoRA adapter on Moshi.")
     parser.add_argument("--config", action="config", help="YAML file with defaults for the options below.")
     parser.add_class_arguments(RunConfig, None)
-
     argv = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     for position, argument in enumerate(argv):
         name, _, value = argument.removeprefix("--").removesuffix("+").partition("=")
@@ -325,16 +325,14 @@ def parse_run_config(argv: list[str] | None = None, prog: str | None = None) -> 
     try:
         options = vars(parser.instantiate(parser.parse_args(argv)))
     except ArgumentError as error:
-        message = " ".join(str(error).split())
-        raise UserError(message, "Run with --help to see each option, its type and its default.") from error
+        raise UserError(" ".join(str(error).split()), "Run with --help to see options, types, defaults.") from error
     del options["config"]
     return RunConfig(**options)
 
 
 def dump_run_config(config: RunConfig) -> str:
     """Return the whole configuration as YAML that `parse_run_config` reads back."""
-    tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)  # tuples become lists
 
 
 def _with_underscores(argument: str) -> str:
@@ -361,7 +359,7 @@ def _check_key(name: str, where: str) -> None:
     keys = [key for key in _valid_keys() if not name.startswith(f"{key}.")]
     if name in keys:
         return
-    # A wrong group or a wrong last word: try the whole name first, then the last word anywhere.
+    # A wrong group or last word: try the whole name first, then the last word anywhere.
     near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75) or [
         key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
     ]
@@ -384,14 +382,16 @@ def _check_yaml(path: Path) -> None:
         for key, value in node.items():
             name = f"{prefix}{key}"
             _check_key(name, str(path))
-            if keys[name] and isinstance(value, dict):
+            if keys[name] and not (value is None and name == "dataset.replay"):
+                if not isinstance(value, dict):
+                    raise UserError(f"{path} has {name}: {value!r}.", f"Put options under {name}, or leave it out.")
                 walk(value, name + ".")
 
     walk(tree, "")
 
 
 def _at_least(name: str, value: float, minimum: float, *, above: bool = False) -> None:
-    if not (value > minimum if above else value >= minimum):  # written so that NaN fails
+    if not (minimum < value < math.inf if above else minimum <= value < math.inf):  # written so that NaN fails
         raise UserError(f"{name} is {value}.", f"Give a number {'above' if above else 'of at least'} {minimum:g}.")
 
 

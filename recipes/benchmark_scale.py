@@ -137,9 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Write the corpora, run every stage straight, small and killed, print a row each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encode", nargs=2, type=Path, metavar=("PREPARED", "OUT"), help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("scale"), help="scratch folder; raw corpora in it stay"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("scale"), help="scratch folder; raw corpora in it stay")
     parser.add_argument("--clips", type=int, default=20_000, help="default: 20000")
     parser.add_argument("--kills", type=int, default=10, help="default: 10")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")

@@ -17,6 +17,14 @@ from hf_csm.errors import UserError
 from hf_csm.units import SAMPLE_RATE
 
 
+_GET_AGAIN = "Get this file from the corpus again, or remove it."
+_COPY_AGAIN = "Copy or extract this file again."
+_LEAST_PLACEHOLDER = 0x7FFFF000
+"""Sizes from here on are what programs write in a RIFF whose end they cannot know yet: 2 or 4 GiB, or nearly."""
+_HIGHEST_PEAK = 8.0
+"""Of float samples, whose full scale is 1. What is louder was never scaled: int16 numbers stored as floats."""
+
+
 def read_audio(source: bytes | str | Path, name: str | None = None) -> tuple[np.ndarray, int, int]:
     """Read a sound file; channels are averaged.
 
@@ -28,7 +36,8 @@ def read_audio(source: bytes | str | Path, name: str | None = None) -> tuple[np.
         samples float32 `[S]` in -1..1, sample rate, number of channels in the file.
 
     Raises:
-        UserError: not a sound file, cut short, or without samples.
+        UserError: not a sound file, without samples, with samples that are no numbers or were never scaled, or (wav,
+            aiff, au, ogg, flac; an mp3 does not say how long it is) cut short.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "audio")
     if not isinstance(source, bytes):
@@ -38,17 +47,19 @@ def read_audio(source: bytes | str | Path, name: str | None = None) -> tuple[np.
             raise UserError(
                 f"{name}: cannot be read ({error.strerror or error}).", "Check the path and its permissions."
             ) from error
-    _refuse_cut_wav(source, name)
+    _refuse_cut_short(source, name)
     try:
-        samples, sample_rate = _read_plain_wav(source) or soundfile.read(io.BytesIO(source), dtype="float32")
+        plain = _read_plain_wav(source)
+        samples, sample_rate = plain or soundfile.read(io.BytesIO(source), dtype="float32")
     except (soundfile.LibsndfileError, RuntimeError) as error:
         reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
         raise UserError(
-            f"{name}: not a sound file that can be read ({len(source):,} bytes; {reason}).",
-            "Get this file from the corpus again, or remove it.",
+            f"{name}: not a sound file that can be read ({len(source):,} bytes; {reason}).", _GET_AGAIN
         ) from error
     if not len(samples):
-        raise UserError(f"{name}: has no samples.", "Get this file from the corpus again, or remove it.")
+        raise UserError(f"{name}: has no samples.", _GET_AGAIN)
+    if plain is None:
+        _refuse_no_sound(samples, name)
     if samples.ndim == 1:
         return samples, sample_rate, 1
     return samples.mean(axis=1), sample_rate, samples.shape[1]
@@ -114,14 +125,32 @@ def _read_plain_wav(content: bytes) -> tuple[np.ndarray, int] | None:
     return None
 
 
-def _refuse_cut_wav(content: bytes, name: str) -> None:
-    # libsndfile reads a half-copied wav without a word and returns what there is.
-    if content[:4] != b"RIFF":
-        return
-    declared = int.from_bytes(content[4:8], "little") + 8
-    is_streamed = declared >= 0xFFFFFFFF
-    if not is_streamed and len(content) < 0.99 * declared:
+def _refuse_no_sound(samples: np.ndarray, name: str) -> None:
+    # What floats can be: NaN, infinite, or int16 numbers that were never scaled.
+    peak = np.maximum(samples.max(), -samples.min())  # NaN if one of them is
+    if not np.isfinite(peak):
+        raise UserError(f"{name}: has samples that are no finite numbers.", _GET_AGAIN)
+    if peak > _HIGHEST_PEAK:
         raise UserError(
-            f"{name}: cut short: {len(content):,} of {declared:,} bytes.",
-            "Copy or extract this file again.",
+            f"{name}: its float samples reach {peak:,.0f}; full scale is 1.", "Scale them to -1..1 and save again."
         )
+
+
+def _refuse_cut_short(content: bytes, name: str) -> None:
+    # libsndfile reads a half-copied file of these formats without a word and returns what there is.
+    head, declared = content[:4], 0
+    if head == b"RIFF":
+        declared = int.from_bytes(content[4:8], "little") + 8
+        declared = 0 if declared >= _LEAST_PLACEHOLDER else declared
+    elif head == b"FORM":  # AIFF
+        declared = int.from_bytes(content[4:8], "big") + 8
+    elif head == b".snd":  # AU: where the samples start, and their bytes
+        num_bytes = int.from_bytes(content[8:12], "big")
+        declared = 0 if num_bytes == 0xFFFFFFFF else int.from_bytes(content[4:8], "big") + num_bytes
+    elif head == b"OggS":
+        page = content[content.rindex(b"OggS") :]  # flags in byte 5, number of segments in 26, their sizes, segments
+        num_bytes = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
+        if len(page) < num_bytes or not page[5] & 4:
+            raise UserError(f"{name}: cut short: its last page does not end the stream.", _COPY_AGAIN)
+    if len(content) < 0.99 * declared:
+        raise UserError(f"{name}: cut short: {len(content):,} of {declared:,} bytes.", _COPY_AGAIN)

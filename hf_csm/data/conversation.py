@@ -7,6 +7,7 @@ copy of the other channel are what taught earlier fine-tunes to fall silent or t
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -136,6 +137,11 @@ class Composition:
             raise UserError(
                 f"Conversations of {self.duration_s:g} seconds were asked for.", "Give more than 0 seconds."
             )
+        for field in dataclasses.fields(self):
+            if not np.isfinite(getattr(self, field.name)).all():
+                raise UserError(
+                    f"The {field.name} of a composition is {getattr(self, field.name)}.", "Give finite numbers."
+                )
         if self.seed < 0:
             raise UserError(f"The seed is {self.seed}.", "Give a whole number of at least 0.")
 

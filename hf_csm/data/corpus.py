@@ -39,6 +39,8 @@ from hf_csm.units import SAMPLE_RATE, samples_to_seconds
 ROWS_PER_TABLE = 32
 CLIPS_AT_ONCE = 16
 """Clips that go through a CTC model together."""
+LATEST_END_S = 0.05
+"""By how much a corpus's own word times may pass the end of a clip, where they are cut. With more, they are wrong."""
 
 
 @dataclass
@@ -56,6 +58,11 @@ class CorpusConfig(datasets.BuilderConfig):
     align_model: str | None = None
     prosody: bool = False
     listing: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in _options(type(self)):
+            setattr(self, option.name, _read_option(option, getattr(self, option.name)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
     NOTICE: str
     """What the licence asks to be said with every copy: authors, source, terms."""
     HOMEPAGE: str
+    HOW_TO_GET = ""
+    """What to do for a corpus that no program can download, if there is more to it than its homepage."""
     LABELS: Mapping[str, str | None]
     """From the corpus's emotion labels to the shared ones; `None` where raters did not agree."""
     FILE_NAME: re.Pattern[str] | None = None
@@ -106,8 +115,11 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         """
         raise NotImplementedError
 
-    def complete(self, utterance: Utterance) -> Utterance:
-        """Return the utterance with what its `sidecars` say; called where its sound is read, in parallel."""
+    def complete(self, utterance: Utterance, tally: Tally) -> Utterance:
+        """Return the utterance with what its `sidecars` say; called where its sound is read, in parallel.
+
+        What is odd about them is added to `tally`.
+        """
         return utterance
 
     def members(self, paths: list[str]) -> list[Member]:
@@ -129,7 +141,7 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         if not paths:
             raise UserError(
                 f"{self.TITLE} cannot be downloaded by a program.",
-                f"Get it at {self.HOMEPAGE}, then name its folder with --raw.",
+                f"{self.HOW_TO_GET or f'Get it at {self.HOMEPAGE}'}, then name its folder with --raw.",
             )
         members = self.members(paths)
         if self.FILE_NAME is not None and looks_like(members, {self.NAME: self.FILE_NAME}) is None:
@@ -167,8 +179,10 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         seen: set[tuple[str, str, str | None]] = set()
         for listed in shard.utterances:
             name = str(listed.member)
-            utterance = self.complete(listed)
+            utterance = self.complete(listed, tally)
             samples, sample_rate, num_channels = read_audio(utterance.member.read(), name)
+            if max(samples.max(), -samples.min()) > 1:
+                tally.add("noted", "samples beyond full scale clipped", utterance.member.file_name)
             samples = resample(samples, sample_rate)
             pcm = to_int16(samples)
             if not pcm.any():
@@ -220,11 +234,14 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         """Return the words of each clip with their times, and where these come from (`None` without a transcript)."""
         found: dict[int, tuple[list[dict[str, Any]], str | None]] = {}
         for index, clip in enumerate(clips):
-            if clip.utterance.words is not None:
-                timed = clip.utterance.words
-                found[index] = [{"word": word, "start_s": start, "end_s": end} for word, start, end in timed], "corpus"
+            timed, duration_s = clip.utterance.words, samples_to_seconds(len(clip.pcm))
+            if timed is not None and all(0 <= start <= end <= duration_s + LATEST_END_S for _, start, end in timed):
+                cut = [(word, min(start, duration_s), min(end, duration_s)) for word, start, end in timed]
+                found[index] = [{"word": word, "start_s": start, "end_s": end} for word, start, end in cut], "corpus"
             elif not clip.text:
                 found[index] = [], None
+            elif timed is not None:
+                tally.add("repaired", "word times lie beyond the clip", clip.utterance.member.file_name)
         left = [index for index in range(len(clips)) if index not in found]
         words = {index: split_words(clips[index].text) for index in left}
         if left and self.config.align_model is not None:
@@ -337,8 +354,7 @@ def make_builder(name: str, data_dir: Any = None, **options: Any) -> CorpusBuild
             f"Corpora are: {', '.join(classes)}.",
         )
     builder_class = classes[name]
-    known = {option.name for option in dataclasses.fields(builder_class.BUILDER_CONFIG_CLASS)}
-    known -= {option.name for option in dataclasses.fields(datasets.BuilderConfig)} | {"sources", "listing"}
+    known = {option.name for option in _options(builder_class.BUILDER_CONFIG_CLASS)}
     for option in options:
         if option not in known:
             raise UserError(f"{name} has no option {option!r}.", f"Its options are: {', '.join(sorted(known))}.")
@@ -348,3 +364,31 @@ def make_builder(name: str, data_dir: Any = None, **options: Any) -> CorpusBuild
     # `datasets` makes and locks a cache folder for every builder, although a stream needs none.
     with tempfile.TemporaryDirectory() as cache:
         return builder_class(cache_dir=cache, sources=sources, **options)
+
+
+def _options(config_class: type[CorpusConfig]) -> list[dataclasses.Field[Any]]:
+    """Return the options that users set."""
+    inner = {option.name for option in dataclasses.fields(datasets.BuilderConfig)} | {"sources", "listing"}
+    return [option for option in dataclasses.fields(config_class) if option.name not in inner]
+
+
+def _read_option(option: dataclasses.Field[Any], value: Any) -> Any:
+    """Return the value of an option in its declared type; a `UserError` if a command line gave something else."""
+    kind = str(option.type)
+    if kind == "bool":
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        remedy = "Give true or false."
+    elif kind == "tuple[str, ...]":
+        values = (value,) if isinstance(value, str) else value
+        if isinstance(values, (list, tuple)) and all(isinstance(item, str) for item in values):
+            return tuple(values)
+        remedy = "Give a name, or several with commas between them."
+    else:
+        assert kind in ("str", "str | None"), (option.name, kind)
+        if isinstance(value, str) or (value is None and kind != "str"):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        remedy = "Give it one text, in quotes if there are spaces or commas in it."
+    raise UserError(f"{option.name} cannot be {value!r}.", remedy)

@@ -50,9 +50,12 @@ class CtcAligner:
             )
             self._extractor: Any = Wav2Vec2FeatureExtractor.from_pretrained(model_name_or_folder)
             tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(model_name_or_folder)
-        except (OSError, ValueError) as error:
+            num_outputs = model.config.vocab_size
+            self._vocabulary = {token: id_ for token, id_ in tokenizer.get_vocab().items() if id_ < num_outputs}
+        except Exception as error:  # each kind of damage has its own: TypeError, SafetensorError, AttributeError, ...
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{model_name_or_folder}: no wav2vec2 CTC model can be loaded ({str(error).splitlines()[0]}).", remedy
+                f"{model_name_or_folder}: no wav2vec2 CTC model can be loaded ({reason}).", remedy
             ) from error
         # transformers fills weights that are not there at random and only warns: of a model that was never trained to
         # recognise speech, or of another family. The vector that masks frames in training is of no use here.
@@ -62,7 +65,7 @@ class CtcAligner:
                 f"{model_name_or_folder}: not a whole wav2vec2 CTC model: it lacks {missing[0]}.",
                 "Name a model that was fine-tuned for speech recognition with CTC.",
             )
-        if not 0 <= tokenizer.pad_token_id < model.config.vocab_size:
+        if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < num_outputs:
             raise UserError(
                 f"{model_name_or_folder}: its blank {tokenizer.pad_token!r} is no output of the model.",
                 "Save the tokenizer with the pad_token that the model was trained with beside the model.",
@@ -70,7 +73,6 @@ class CtcAligner:
         self._torch = torch
         self._device = device
         self._model: Any = model.to(device).eval()
-        self._vocabulary = {t: id_ for t, id_ in tokenizer.get_vocab().items() if id_ < model.config.vocab_size}
         self._blank_id: int = tokenizer.pad_token_id
         self._delimiter_id = self._vocabulary.get(tokenizer.word_delimiter_token)
 

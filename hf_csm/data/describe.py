@@ -177,7 +177,8 @@ def describe(config: RunConfig) -> Description:
             raise UserError(
                 f"{path} is a manifest whose dialogues are not encoded yet.",
                 f"Run `hf-csm encode {path} --out codes/{Path(path).stem} --base-model "
-                f"{config.moshi_paths.hf_repo_id}` and name that folder, or start the training, which encodes it.",
+                f"{config.moshi_paths.hf_repo_id} --duration-sec {config.dataset.duration_sec:g}` and name that "
+                "folder, or start the training, which encodes it.",
             )
         return str(folder)
 
@@ -214,6 +215,7 @@ def describe_mixture(
         for name in ("emotions", "languages", "speakers")
         if getattr(config, name)
     ]
+    notes += tables["train"].left_out()
     if tables["train"].num_cut:
         notes.append(f"{tables['train'].num_cut} training windows are cut at {config.duration_sec:g} s.")
     return Description(

@@ -138,7 +138,7 @@ def encode_units(
     facts["fingerprint"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     staging = Staging(out, facts["fingerprint"])
     if staging.is_published():
-        return report
+        return replace(report, is_new=False)
     own_units = units[rank::world_size]
     total_s = sum(unit.duration_s for unit in own_units)
     with tqdm(total=round(total_s), unit="s", desc=f"encode {facts['corpus']}", disable=not progress) as bar:
@@ -146,9 +146,14 @@ def encode_units(
             if staging.has(unit):
                 bar.update(round(unit.duration_s))
                 continue
-            with staging.part(unit, WINDOW_FEATURES) as writer:
-                for table in _encode_unit(unit, read(unit.conversations), facts["corpus"], mimi, batch_s, bar):
-                    writer.write(table)
+            try:
+                with staging.part(unit, WINDOW_FEATURES) as writer:
+                    for table in _encode_unit(unit, read(unit.conversations), facts["corpus"], mimi, batch_s, bar):
+                        writer.write(table)
+            except FileNotFoundError:  # another run with the same settings was faster and removed all that was staged
+                if not staging.is_published():
+                    raise
+                return report
 
     def card(table: Path, splits: Mapping[str, SplitInfo]) -> None:
         write_card(

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -25,7 +26,7 @@ from hf_csm.units import SAMPLE_RATE, samples_to_seconds
 
 SPEAKERS = {True: "SPEAKER_MAIN", False: "SPEAKER_USER"}
 """By whether the word is Moshi's."""
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 """Part of the fingerprint: raise it when the same input gives other files."""
 
 
@@ -69,7 +70,7 @@ def export_manifest(
     report = EncodeReport(count_cells(units), dropped)
     staging = Staging(out, facts["fingerprint"])
     if staging.is_published():
-        return report
+        return replace(report, is_new=False)
     folder = staging.folder / "files"
     with tqdm(total=round(sum(u.duration_s for u in units)), unit="s", desc="export", disable=not progress) as bar:
         for unit in units:
@@ -85,6 +86,7 @@ def export_manifest(
                 "path": _path(facts, unit, conversation, ".wav"),
                 "duration": samples_to_seconds(conversation.num_samples),
                 "emotion": conversation.emotion,
+                "language": conversation.language,
             }
             for unit in units
             if unit.split == split

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_csm.data.schema import SPLITS
 from hf_csm.data.table import CARD_NAME, read_card_metadata, split_files
 from hf_csm.errors import UserError
 
@@ -58,9 +59,26 @@ def is_whole(table: Path) -> bool:
     from huggingface_hub.repocard import metadata_load
 
     front = metadata_load(table / CARD_NAME) or {}
-    splits = front.get("dataset_info", {}).get("splits", [])
-    sizes = [sum(file.stat().st_size for file in split_files(table, split["name"])) for split in splits]
-    return bool(splits) and sizes == [split["num_bytes"] for split in splits]
+    stated = {split["name"]: split["num_bytes"] for split in front.get("dataset_info", {}).get("splits", [])}
+    names = {*SPLITS, *stated}  # a split that the card does not name has no files
+    sizes = {name: sum(file.stat().st_size for file in split_files(table, name)) for name in names}
+    return sizes == {name: stated.get(name, 0) for name in names}
+
+
+def check_whole(table: Path, name: str | None = None) -> None:
+    """Check that a table is whole: what a copy has left out would be missed by nobody.
+
+    Args:
+        name: of the table, as the user gave it.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not is_whole(table):
+        raise UserError(
+            f"{name or table}: not a whole table: its files are not those of its card.",
+            "Copy it again, or make it again.",
+        )
 
 
 def _fetch(repo_id: str, revision: str | None) -> Path:

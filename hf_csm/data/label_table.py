@@ -94,4 +94,9 @@ def _cells(fields: object) -> dict[str, str]:
     nested = next((key for key, value in fields.items() if isinstance(value, (dict, list))), None)
     if nested is not None:
         raise _Malformed(f"{nested!r} holds more than one value")
-    return {key.strip(): "" if value is None else str(value).strip() for key, value in fields.items()}
+    cells = {key.strip(): "" if value is None else str(value).strip() for key, value in fields.items()}
+    try:
+        "".join([*cells, *cells.values()]).encode()
+    except UnicodeEncodeError as error:  # an escape such as \ud83d without its other half
+        raise _Malformed(f"half a character, {error.object[error.start]!r}") from error
+    return cells

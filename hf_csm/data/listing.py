@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -87,7 +88,11 @@ def looks_like(members: Sequence[Member], patterns: Mapping[str, re.Pattern[str]
 
 
 def hash_listing(shards: Iterable[Shard]) -> str:
-    """Return a hash of what a listing says: every clip's name, size and description. Independent of where it lies."""
+    """Return a hash of what a listing says: every clip's name, size and description. Independent of where it lies.
+
+    A copy of the corpus has the same hash, whatever its dates; so has one where a file was replaced by another of the
+    same size, which `hash_shard` tells apart.
+    """
     names = [facts.name for facts in dataclasses.fields(Utterance) if facts.name not in ("member", "sidecars")]
     digest = hashlib.sha256()
     for shard in shards:
@@ -96,6 +101,21 @@ def hash_listing(shards: Iterable[Shard]) -> str:
             sizes = [member.num_bytes for member in (utterance.member, *utterance.sidecars)]
             digest.update(repr([*facts, *sizes]).encode())
     return digest.hexdigest()[:16]
+
+
+def hash_shard(shard: Shard) -> str:
+    """Return a hash of what the listing says of a shard and of when its files, or their zips, last changed."""
+    members = [member for clip in shard.utterances for member in (clip.member, *clip.sidecars)]
+    facts = [hash_listing([shard]), *map(_changed_at_ns, members)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _changed_at_ns(member: Member) -> int | None:
+    path = member.source if member.is_zipped else os.path.join(member.source, member.name)
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:  # whoever reads it says what is wrong with it
+        return None
 
 
 def _refuse_many(faults: Mapping[str, Sequence[str]], num_clips: int, title: str) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -25,15 +25,16 @@ import soxr
 
 from hf_csm.data.conversation import MOSHI, USER, Clip, Composition, Conversation, Turn, room_tone
 from hf_csm.data.encode import encode_units
-from hf_csm.data.labels import EMOTIONS, UNLABELLED
+from hf_csm.data.labels import UNLABELLED
+from hf_csm.data.manifest_rows import Alignment, read_alignments, read_rows
 from hf_csm.data.plan import EncodeReport, count_cells
 from hf_csm.data.staging import cut_units
+from hf_csm.data.table import read_card_metadata
 from hf_csm.errors import UserError
 from hf_csm.units import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
     Samples,
-    Seconds,
     samples_to_seconds,
     seconds_to_samples,
 )
@@ -46,10 +47,11 @@ MAIN_SPEAKER = "SPEAKER_MAIN"
 SHORTEST_S = 1.0
 """What is left of a recording after its last whole window is a window if it is this long."""
 DURATION_TOLERANCE_S = 0.5
+SAMPLE_BYTES = 1 << 16
+"""Of an audio file at its beginning, middle and end: what is looked at to find out whether it has changed."""
+SPLIT_STEMS = ("train", "validation", "val", "dev", "test")
+"""Names of manifests that do not tell one corpus from another."""
 NOTICE = "The manifest does not say under which terms its recordings may be used. Ask those who made them."
-
-Alignment = tuple[str, Seconds, Seconds, str]
-"""Word, start, end, speaker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Recording:
     num_samples: Samples
     sample_rate: int
     emotion: str | None
+    language: str | None
     first_speaker: str | None
 
 
@@ -98,10 +101,12 @@ def encode_manifest(
     Staging, resuming and sharing of the work are those of `encode`.
 
     Args:
-        manifest: JSONL file; paths in it start from its folder. A row may have an `emotion`, which is Moshi's.
+        manifest: JSONL file; paths in it start from its folder. A row may have an `emotion`, which is
+            Moshi's, and a `language`, such as `en`.
         composition: `duration_s` is the longest window; the others shape the room tone that is put before a window
             with an emotion in which someone speaks too early for the prefix.
-        corpus: name in the rows and prefix of ids; by default the manifest's.
+        corpus: name in the rows and prefix of ids; by default that of the card beside the manifest, as
+            `export_manifest` writes one, else the manifest's own, else, if it is named after a split, its folder's.
         batch_s: as for `encode`.
         rank: number of this process.
         world_size: number of processes that share the work.
@@ -111,7 +116,9 @@ def encode_manifest(
     """
     composition = composition or Composition()
     manifest = Path(manifest)
-    corpus = corpus or re.sub(r"[^a-z0-9]+", "_", manifest.stem.lower()).strip("_") or "manifest"
+    card = _card_beside(manifest)
+    title = manifest.resolve().parent.name if manifest.stem.lower() in SPLIT_STEMS else manifest.stem
+    corpus = corpus or card.get("corpus") or re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_") or "manifest"
     dialogues = Dialogues(manifest, corpus, composition)
     segments: dict[str, list[Segment]] = {}
     for segment in dialogues.segments:
@@ -122,10 +129,7 @@ def encode_manifest(
             f"{manifest}: no recording in it is as long as {SHORTEST_S:g} s.", "Name a manifest of whole dialogues."
         )
     metadata = {
-        "corpus": corpus,
-        "title": manifest.stem,
-        "license": "other",
-        "notice": NOTICE,
+        **{"title": title, "license": "other", "notice": NOTICE, **card, "corpus": corpus},
         "manifest": manifest.name,
         "codec_sha256": codec_sha256,
         "composition": dataclasses.asdict(composition),
@@ -145,13 +149,22 @@ def encode_manifest(
     )
 
 
+def _card_beside(manifest: Path) -> dict[str, Any]:
+    """Return corpus and terms from the card in the manifest's folder; empty if that has none of ours."""
+    try:
+        card = read_card_metadata(manifest.parent)
+    except UserError:
+        return {}
+    return {key: card[key] for key in ("corpus", "builder", "title", "license", "notice") if key in card}
+
+
 class Dialogues:
     """The recordings of a manifest, all looked at before any is encoded; sound and words stay on disk.
 
     Attributes:
         segments: windows of all recordings, in order.
         noted: what was left out or is not as the manifest says.
-        sha256: hash of the manifest, the alignments and the sizes of the audio files.
+        sha256: hash of the manifest, the alignments, and the sizes and some of the bytes of the audio files.
     """
 
     def __init__(self, manifest: Path, corpus: str, composition: Composition):
@@ -162,23 +175,23 @@ class Dialogues:
                 f"Windows of {composition.duration_s:g} seconds are too short for dialogues.",
                 "Give a longer --duration-sec or a shorter --lead-in-s.",
             )
-        rows = _read_rows(manifest)
-        stems = Counter(Path(path).stem for _, path, _, _ in rows)
+        rows = read_rows(manifest)
+        stems = Counter(Path(path).stem for _, path, *_ in rows)
         digest = hashlib.sha256(corpus.encode())
         self._recordings: list[Recording] = []
-        for where, path, duration_s, emotion in rows:
+        for where, path, duration_s, emotion, language in rows:
             audio = manifest.parent / path
             num_samples, sample_rate = _examine(audio, where)
             if duration_s is not None and abs(duration_s - samples_to_seconds(num_samples)) > DURATION_TOLERANCE_S:
                 self.noted["recordings of another duration than the manifest says"] += 1
-            words = _read_alignments(audio)
-            digest.update(json.dumps([path, emotion, audio.stat().st_size, words]).encode())
+            words = read_alignments(audio)
+            digest.update(json.dumps([path, emotion, language, _sample_sha256(audio), words]).encode())
             stem = Path(path).stem
             name = stem if stems[stem] == 1 else "-".join(Path(path).with_suffix("").parts)
             first_speaker = words[0][3] if words else None
             if any(speaker == MAIN_SPEAKER for *_, speaker in words):
                 first_speaker = MAIN_SPEAKER
-            self._recordings.append(Recording(name, audio, num_samples, sample_rate, emotion, first_speaker))
+            self._recordings.append(Recording(name, audio, num_samples, sample_rate, emotion, language, first_speaker))
         self.sha256 = digest.hexdigest()
         # A recording of such a manifest in which the main speaker says nothing is one in which Moshi listens.
         self._has_main = any(recording.first_speaker == MAIN_SPEAKER for recording in self._recordings)
@@ -198,7 +211,7 @@ class Dialogues:
     def words(self, conversation: Segment) -> list[dict]:
         """Return the words that begin in a segment, as `WINDOW_FEATURES` has them."""
         recording = self._recordings[conversation.recording]
-        return _words_in(conversation, self._place(recording, _read_alignments(recording.audio)))
+        return _words_in(conversation, self._place(recording, read_alignments(recording.audio)))
 
     def _place(self, recording: Recording, alignments: list[Alignment]) -> list[dict]:
         """Return the words that have a duration and begin in their recording, with their channel, by time."""
@@ -212,7 +225,7 @@ class Dialogues:
 
     def _cut(self, index: int) -> Iterator[Segment]:
         recording, composition = self._recordings[index], self._composition
-        alignments = _read_alignments(recording.audio)
+        alignments = read_alignments(recording.audio)
         words = self._place(recording, alignments)
         self.noted["words outside their recording or without duration, left out"] += len(alignments) - len(words)
         longest = seconds_to_samples(composition.duration_s) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
@@ -230,7 +243,7 @@ class Dialogues:
             segment = Segment(
                 id=id_,
                 speaker_id=f"{self._corpus}-{recording.name}",
-                language=None,
+                language=recording.language,
                 emotion=recording.emotion,
                 variant=0,
                 turns=(),
@@ -279,49 +292,6 @@ def _turns(segment: Segment, words: list[dict]) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _read_rows(manifest: Path) -> list[tuple[str, str, Seconds | None, str | None]]:
-    """Return where it is said, path, duration and emotion of each row.
-
-    Raises:
-        UserError: the manifest is missing, or a row is damaged or names what it must not.
-    """
-    remedy = 'Each line is an object such as {"path": "data_stereo/a.wav", "duration": 24.5}.'
-    try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or "it is not UTF-8 text"
-        raise UserError(f"{manifest}: no manifest that can be read: {reason}.", "Name its .jsonl file.") from error
-    rows = []
-    lines_of: dict[Path, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{manifest}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error}.", remedy) from error
-        path = row.get("path") if isinstance(row, dict) else None
-        if not isinstance(path, str) or not Path(path).name:
-            raise UserError(f"{where}: no path.", remedy)
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(
-                f"{where}: {path} is not inside the manifest's folder.", "Give paths that start from that folder."
-            )
-        first = lines_of.setdefault(Path(path).with_suffix(""), number)
-        if first != number:
-            raise UserError(f"{where}: {path} was named in line {first} already.", "Name each recording once.")
-        duration_s, emotion = row.get("duration"), row.get("emotion")
-        if duration_s is not None and not (_is_number(duration_s) and duration_s > 0):
-            raise UserError(f"{where}: the duration of {path} is {duration_s!r}.", "Give its seconds, or nothing.")
-        if emotion is not None and emotion not in EMOTIONS:
-            raise UserError(f"{where}: unknown emotion {emotion!r}.", f"Choose from {', '.join(EMOTIONS)}, or none.")
-        rows.append((where, path, duration_s, emotion))
-    if not rows:
-        raise UserError(f"{manifest}: empty.", remedy)
-    return rows
-
-
 def _examine(audio: Path, where: str) -> tuple[Samples, int]:
     """Return the length at 24 kHz and the sample rate of a stereo file."""
     if not audio.is_file():
@@ -340,32 +310,15 @@ def _examine(audio: Path, where: str) -> tuple[Samples, int]:
     return info.frames * SAMPLE_RATE // info.samplerate, info.samplerate
 
 
-def _read_alignments(audio: Path) -> list[Alignment]:
-    """Read the words beside an audio file, by time.
-
-    Raises:
-        UserError: they are missing or damaged.
-    """
-    path = audio.with_suffix(".json")
-    remedy = 'It has {"alignments": [["word", [start, end], "SPEAKER_MAIN"], ...]}; annotate the audio again.'
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["alignments"]
-    except OSError as error:
-        raise UserError(f"{path}: no alignments of {audio.name}: {error.strerror}.", remedy) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged alignments: no JSON object with a list of them.", remedy) from error
-    words = []
-    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-        match entry:
-            case [str(word), [start_s, end_s], str(speaker)] if _is_number(start_s) and _is_number(end_s):
-                words.append((word.strip(), float(start_s), float(end_s), speaker))
-            case _:
-                raise UserError(f"{path}: damaged alignments: entry {number} is {str(entry)[:60]!r}.", remedy)
-    return sorted((word for word in words if word[0]), key=lambda word: word[1:3])
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _sample_sha256(audio: Path) -> str:
+    """Return a hash of the size and of the first, middle and last bytes of a file, which may have very many."""
+    size = audio.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with audio.open("rb") as file:
+        for offset in (0, (size - SAMPLE_BYTES) // 2, size - SAMPLE_BYTES):
+            file.seek(max(offset, 0))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _read_window(recording: Recording, offset: Samples, num_samples: Samples) -> np.ndarray:

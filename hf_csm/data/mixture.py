@@ -60,7 +60,9 @@ def cell_probabilities(cells: Sequence[Cell], balance: Balance) -> np.ndarray:
     for cell in cells:
         seconds_of_cell[cell.names] += cell.duration_s
     total = np.array([seconds_of_cell[cell.names] for cell in cells])
-    drawn = np.array([cell.weight for cell in cells]) * seconds * total ** (balance.temperature - 1)
+    weights = np.array([cell.weight for cell in cells])
+    weights = np.maximum(weights / weights.max(), 1e-100)  # no sum or product of them overflows, none is 0
+    drawn = weights * seconds * total ** (balance.temperature - 1)
 
     # Repeats are counted in seconds, windows differ in length: so the caps hold for shares of the seconds.
     wanted = drawn * window_s

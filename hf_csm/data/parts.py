@@ -67,7 +67,8 @@ def make_part(builder: CorpusBuilder, shard: Shard, path: Path) -> Part:
     tally = Tally()
     pending: dict[str, list[dict[str, Any]]] = {}
     batches: list[Batch] = []
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    unfinished = path.with_suffix(".arrow.tmp")
+    with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
 
         def flush(emotion: str) -> None:
             rows = pending.pop(emotion)
@@ -92,6 +93,7 @@ def make_part(builder: CorpusBuilder, shard: Shard, path: Path) -> Part:
                 flush(emotion)
         for emotion in sorted(pending):
             flush(emotion)
+    os.replace(unfinished, path)
     part = Part(str(path), shard.split, batches, tally.rows())
     facts = dataclasses.asdict(part)
     del facts["path"]

@@ -21,6 +21,7 @@ from hf_csm.data.conversation import (
     spoken_part,
     words_of,
 )
+from hf_csm.data.hub import check_whole
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
 from hf_csm.data.schema import SPLITS
 from hf_csm.data.staging import Unit, cut_units
@@ -46,12 +47,14 @@ class EncodeReport:
         dropped: clips left out, by reason.
         noted: what else was left out or is not as it should be, with its count.
         is_complete: whether the table is in its place; `False` while other processes are still at work on it.
+        is_new: `False` if it was there before, and nothing was done.
     """
 
     cells: dict[tuple[str, str], tuple[int, float]]
     dropped: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
     is_complete: bool = True
+    is_new: bool = True
 
     def render(self) -> str:
         """Return the report as a text table."""
@@ -77,7 +80,7 @@ class PreparedCorpus:
         card: what the card says of it.
 
     Raises:
-        UserError: the folder is no prepared corpus.
+        UserError: the folder is no prepared corpus, or only a part of one.
     """
 
     def __init__(self, folder: Path):
@@ -85,6 +88,7 @@ class PreparedCorpus:
         self.card = read_card_metadata(folder)
         if self.card.get("stage") != "prepared":
             raise UserError(f"{folder} is not a prepared corpus.", "Run `hf-csm prepare` and give its output here.")
+        check_whole(self.folder)
         self.files = [path for split in SPLITS for path in split_files(folder, split)]
         self._rows = ParquetRows(self.files, columns=["audio", "words"], cache_bytes=0)
 

@@ -1,8 +1,9 @@
 """Prepare: a raw corpus becomes `prepared/<corpus>`, a table of utterance rows, checked, whole or not at all.
 
 All work goes into `.<name>.partial` beside the table. One process makes the rows of a shard and leaves them there as
-a part; a run that is cut short finds its finished parts again if input and options are the same. Parts are then merged
-by split and emotion, and one rename publishes the table.
+a part, which is named by the files of its shard and the options: whatever stopped a run and whatever was mended
+since, the next one makes only the parts that are missing. Parts are then merged by split and emotion, and one rename
+publishes the table.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from tqdm import tqdm
 from hf_csm.data.corpus import CorpusBuilder, make_builder
 from hf_csm.data.figures import draw_prosody
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
-from hf_csm.data.listing import hash_listing
+from hf_csm.data.listing import hash_listing, hash_shard
 from hf_csm.data.parts import Part, Piece, make_part, merge_pieces, plan_pieces, read_part
 from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
 from hf_csm.data.table import CARD_NAME, SplitInfo, read_card_metadata, shard_name, split_files, write_card
 from hf_csm.data.utterance import Shard, Tally
-from hf_csm.data.workers import run_tasks, usable_cores
+from hf_csm.data.workers import alone_in, remove_folder, run_tasks, usable_cores
 from hf_csm.errors import UserError
 
 
 # Part of the fingerprint: raise it when the same raw files give other rows.
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def prepare(
     Args:
         corpus: a module of `dataset_builders`.
         raw: folder, zip or URL of the raw corpus, or several; `None` downloads it.
-        out: folder of the table, which must not exist, unless it is this very table.
+        out: folder of the table, or a link to it, which must not exist, unless it is this very table: of files of
+            these names and sizes, with these options.
         num_workers: processes; all cores by default (at most 4 with `align_model`).
         align_model: a CTC model for word times; `None` takes the energy of the clip.
         prosody: measure pitch, loudness and rate of every clip, and draw them in the card.
@@ -117,29 +119,41 @@ def prepare(
         options: of the corpus.
 
     Raises:
-        UserError: raw corpus or options are wrong, `out` holds something else or cannot be written, or a check
-            failed: no speaker and no identical audio in two splits. Nothing is published then.
+        UserError: raw corpus or options are wrong, `out` holds something else, cannot be written or is being written
+            by another run, no clip is left, or a check failed: no speaker and no identical audio in two splits.
+            Nothing is published then.
     """
     out = Path(out).expanduser()
     builder = make_builder(corpus, raw, align_model=align_model, prosody=prosody, **options)
     shards, tally = builder.shards()
-    fingerprint = _fingerprint(builder, shards)
-    staging = out.absolute().parent / f".{out.absolute().name}.partial"
+    fingerprint = _fingerprint(builder, hash_listing(shards))
+    target = Path(os.path.realpath(out))
+    staging = target.parent / f".{target.name}.partial"
+    refusal = UserError(f"Another prepare is writing {out}.", "Wait for it, or name another folder with --out.")
+    num_workers = num_workers or (usable_cores() if align_model is None else min(4, usable_cores()))
     try:
-        if _is_done(out, fingerprint, overwrite):
-            shutil.rmtree(staging, ignore_errors=True)
+        if _is_done(out, fingerprint, overwrite) and not staging.exists():
             return _report_from_card(out)
-        _open_staging(staging, fingerprint)
-        num_workers = num_workers or (usable_cores() if align_model is None else min(4, usable_cores()))
-        parts = _make_parts(builder, shards, staging / "parts", num_workers, progress)
-        pieces, dropped = plan_pieces(parts)
-        for reason, id_ in dropped:
-            tally.add("dropped", reason, id_)
-        report = _report(corpus, out, parts, pieces, tally)
-        _merge(pieces, staging / "table", num_workers)
-        languages = sorted({utterance.language for shard in shards for utterance in shard.utterances})
-        _write_card(builder, staging / "table", report, fingerprint, languages)
-        _publish(staging, out)
+        with alone_in(staging, refusal):
+            if _is_done(out, fingerprint, overwrite):  # a run cut short after it, or one that ended just now
+                remove_folder(staging)
+                return _report_from_card(out)
+            parts = _make_parts(builder, shards, staging / "parts", num_workers, progress)
+            pieces, dropped = plan_pieces(parts)
+            for reason, id_ in dropped:
+                tally.add("dropped", reason, id_)
+            report = _report(corpus, out, parts, pieces, tally)
+            if not report.rows:
+                reasons = "; ".join(f"{count:,} {reason}" for _, reason, count, _ in report.adjustments)
+                raise UserError(
+                    f"{builder.TITLE}: no clips are left: {reasons}.",
+                    "Check that the raw corpus is whole, or choose other options.",
+                )
+            table = _open_table(staging, parts)
+            _merge(pieces, table, num_workers)
+            languages = sorted({utterance.language for shard in shards for utterance in shard.utterances})
+            _write_card(builder, table, report, fingerprint, languages)
+            _publish(table, staging, target)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: cannot be written ({error.strerror or error}).",
@@ -148,10 +162,10 @@ def prepare(
     return report
 
 
-def _fingerprint(builder: CorpusBuilder, shards: list[Shard]) -> str:
+def _fingerprint(builder: CorpusBuilder, listing: str) -> str:
     config = dataclasses.asdict(builder.config)
     ours = {key: value for key, value in sorted(config.items()) if key not in ("sources", "data_dir", "data_files")}
-    facts = [ROWS_VERSION, builder.corpus, str(ours), str(UTTERANCE_FEATURES), hash_listing(shards)]
+    facts = [ROWS_VERSION, builder.corpus, str(ours), str(UTTERANCE_FEATURES), listing]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -175,22 +189,11 @@ def _is_done(out: Path, fingerprint: str, overwrite: bool) -> bool:
     return False
 
 
-def _open_staging(staging: Path, fingerprint: str) -> None:
-    """Make the work folder; parts of other input or options are removed."""
-    mark = staging / "fingerprint"
-    if mark.is_file() and mark.read_text() == fingerprint:
-        return
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    mark.with_suffix(".tmp").write_text(fingerprint)
-    os.replace(mark.with_suffix(".tmp"), mark)
-
-
 def _make_parts(
     builder: CorpusBuilder, shards: list[Shard], folder: Path, num_workers: int, progress: bool
 ) -> list[Part]:
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"{index:05d}.arrow" for index in range(len(shards))]
+    paths = [folder / f"{_fingerprint(builder, hash_shard(shard))}.arrow" for shard in shards]
     parts: dict[int, Part] = {}
     tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     indices = []
@@ -210,6 +213,16 @@ def _make_parts(
             parts[indices[task_index]] = part
             bar.update(len(shards[indices[task_index]].utterances))
     return [parts[index] for index in range(len(shards))]
+
+
+def _open_table(staging: Path, parts: list[Part]) -> Path:
+    """Return the folder for the table of these very parts; a table begun from others is removed."""
+    names = hashlib.sha256("".join(Path(part.path).name for part in parts).encode()).hexdigest()[:16]
+    table = staging / f"table-{names}"
+    for other in staging.glob("table*"):
+        if other != table:
+            shutil.rmtree(other, ignore_errors=True)
+    return table
 
 
 def _merge(pieces: dict[tuple[str, str], list[list[Piece]]], table: Path, num_workers: int) -> None:
@@ -310,16 +323,15 @@ def _report_from_card(out: Path) -> PrepareReport:
     return PrepareReport(metadata["corpus"], out, False, rows, stored["adjustments"], stored["alignments"])
 
 
-def _publish(staging: Path, out: Path) -> None:
+def _publish(table: Path, staging: Path, out: Path) -> None:
     """Rename the table to its place. What `overwrite` replaces stays until the new one is there."""
-    table = staging / "table"
     assert (table / CARD_NAME).is_file(), table
     replaced = staging / "replaced"
     if out.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(out, replaced)
     os.replace(table, out)
-    shutil.rmtree(staging, ignore_errors=True)
+    remove_folder(staging)
 
 
 def _markdown(header: list[str], rows: list[list[str]], num_left: int) -> str:

@@ -36,12 +36,14 @@ def split_words(text: str) -> list[str]:
     """
     words: list[str] = []
     opening = ""
-    for token in _WORD.findall(text):
+    for match in _WORD.finditer(text):
+        token = match.group()
+        space = " " if text[match.start() - 1 : match.start()] == " " else ""
         if any(character.isalnum() for character in token):
-            words.append(f"{opening} {token}" if opening else token)
+            words.append(f"{opening}{space}{token}" if opening else token)
             opening = ""
         elif words:
-            words[-1] += f" {token}" if " " in text else token
+            words[-1] += space + token
         else:
-            opening = f"{opening} {token}".strip()
+            opening += (space if opening else "") + token
     return words

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from hf_csm.config import DatasetConfig, Source, Trait
-from hf_csm.data.hub import find_table
+from hf_csm.data.hub import check_whole, find_table
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
 from hf_csm.data.table import ParquetRows, nested_to_numpy, read_card_metadata, read_columns, split_files
 from hf_csm.errors import UserError
@@ -64,9 +65,11 @@ class WindowTable:
         languages: None where the table does not say.
         num_frames: `[N]`.
         num_cut: windows longer than `max_frames`.
+        num_read: windows of each source, before the filters; replay comes last.
 
     Raises:
-        UserError: a table is missing, is not of codes, or holds codes of another codec, or an emotion is unknown.
+        UserError: a table is missing, is not whole, is named twice, is not of codes, or holds codes of another codec,
+            or an emotion is unknown.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class WindowTable:
         self._sources = [*sources, *([] if replay is None else [replay])]
         self._num_balanced = len(sources)
         folders = [find_table(source.path, source.revision) for source in self._sources]
-        _check_codecs(folders, codec_sha256)
+        _check_codecs([source.path for source in self._sources], folders, codec_sha256)
         shards = [split_files(folder, split) for folder in folders]
         files = [(file, source) for source, of_source in enumerate(shards) for file in of_source]
         self._rows = ParquetRows([file for file, _ in files], columns=["id", "codes", "words", "turns"])
@@ -99,9 +102,11 @@ class WindowTable:
         self.languages: list[str | None] = []
         self._wanted = {"emotions": emotions, "languages": languages, "speakers": speakers}
         self._present: dict[str, set[str | None]] = {name: set() for name in self._wanted}
+        self.num_read = [0] * len(self._sources)
         lengths: list[Frames] = []
         for file_index, (file, source) in enumerate(files):
             for row_index, (corpus, emotion, speaker, language, num_frames) in enumerate(_read_labels(file)):
+                self.num_read[source] += 1
                 if source < self._num_balanced:
                     labels = {"emotions": emotion, "languages": language, "speakers": speaker}
                     for name, label in labels.items():
@@ -153,6 +158,15 @@ class WindowTable:
         rows = [i for i, source in enumerate(self._source_of) if source == self._num_balanced]
         return self._cell(("replay",), 1.0, rows, is_replay=True)
 
+    def left_out(self) -> list[str]:
+        """Say of each source that the filters take windows from how many these are."""
+        kept = Counter(self._source_of)
+        return [
+            f"{source.path}: {total - kept[number]:,} of {total:,} windows left out by the filters"
+            for number, (source, total) in enumerate(zip(self._sources, self.num_read, strict=True))
+            if kept[number] < total
+        ]
+
     def check_filters(self) -> None:
         """Check that some window has each value that was asked for.
 
@@ -180,11 +194,12 @@ def training_table(config: DatasetConfig, codec_sha256: str | None) -> WindowTab
     """Open the windows to train on, replay included.
 
     Raises:
-        UserError: as `WindowTable`; a filter names what no window has, or replay has no windows.
+        UserError: as `WindowTable`; a filter names what no window has, or a source or replay has no windows.
     """
     replay = Source(config.replay.manifest_path) if config.replay and config.replay.fraction else None
+    sources = config.training_sources()
     table = WindowTable(
-        config.training_sources(),
+        sources,
         "train",
         codec_sha256=codec_sha256,
         emotions=config.emotions,
@@ -193,6 +208,11 @@ def training_table(config: DatasetConfig, codec_sha256: str | None) -> WindowTab
         replay=replay,
         max_frames=seconds_to_frames(config.duration_sec),
     )
+    for source, num_windows in zip(sources, table.num_read, strict=False):
+        if not num_windows:
+            raise UserError(
+                f"{source.path} has no training windows.", "Name a table with a training split, or leave this one out."
+            )
     table.check_filters()
     if replay is not None and not len(table.replay_cell().rows):
         raise UserError(
@@ -242,9 +262,11 @@ def is_manifest(path: str) -> bool:
 
 
 def manifest_table(manifest: str, run_dir: str, duration_s: Seconds) -> Path:
-    """Return where a run keeps the codes of a manifest, in windows of up to `duration_s`."""
-    name = f"{Path(manifest).resolve()} {duration_s:g}"
-    return Path(run_dir, "codes", f"{Path(manifest).stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}")
+    """Return where a run keeps the codes of a manifest, as it is now, in windows of up to `duration_s`."""
+    name = hashlib.sha256(f"{Path(manifest).resolve()} {duration_s:g}".encode())
+    with suppress(OSError):  # that it cannot be read is said where it is
+        name.update(Path(manifest).read_bytes())
+    return Path(run_dir, "codes", f"{Path(manifest).stem}-{name.hexdigest()[:8]}")
 
 
 def _read_labels(file: Path) -> list[tuple[str, str | None, str, str | None, Frames]]:
@@ -265,21 +287,30 @@ def _read_labels(file: Path) -> list[tuple[str, str | None, str, str | None, Fra
     ]
 
 
-def _check_codecs(folders: Sequence[Path], codec_sha256: str | None) -> None:
-    first: tuple[Path, str] | None = None
-    for folder in folders:
+def _check_codecs(names: Sequence[str], folders: Sequence[Path], codec_sha256: str | None) -> None:
+    """Check that the tables, as the user names them, are whole, all different, and hold codes of one codec."""
+    first: tuple[str, str] | None = None
+    name_of: dict[Path, str] = {}
+    for name, folder in zip(names, folders, strict=True):
         metadata = read_card_metadata(folder)
         if metadata.get("stage") != "codes":
-            raise UserError(f"{folder} is not a table of codes.", f"Run `hf-csm encode {folder} --out ...` first.")
+            raise UserError(f"{name} is not a table of codes.", f"Run `hf-csm encode {name} --out ...` first.")
+        check_whole(folder, name)
+        if folder.resolve() in name_of:
+            raise UserError(
+                f"{name} and {name_of[folder.resolve()]} are one table, named twice in sources or replay.",
+                "Name it once; a weight gives it more.",
+            )
+        name_of[folder.resolve()] = name
         found = metadata["codec_sha256"]
-        first = first or (folder, found)
+        first = first or (name, found)
         if codec_sha256 is not None and found != codec_sha256:
             raise UserError(
-                f"{folder} holds codes of codec {found[:12]}; the base model's is {codec_sha256[:12]}.",
+                f"{name} holds codes of codec {found[:12]}; the base model's is {codec_sha256[:12]}.",
                 "Encode the corpus again with this base model, or train the base model that it was encoded for.",
             )
         if found != first[1]:
             raise UserError(
-                f"{folder} holds codes of codec {found[:12]}; {first[0]} of codec {first[1][:12]}.",
+                f"{name} holds codes of codec {found[:12]}; {first[0]} of codec {first[1][:12]}.",
                 "Encode both with the same base model.",
             )

@@ -1,9 +1,13 @@
-"""Run tasks in processes that end when they are told to, when one fails, and when their parent is gone."""
+"""Run tasks in processes that end when they are told to, when one fails, and when their parent is gone.
+
+A folder that only one run may work in is locked by `alone_in`.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,11 +15,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from hf_csm.errors import UserError
 
 
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None  # type: ignore[assignment]
+
+
+LOCK_NAME = "lock"
+LOCK_WAIT_S = 5.0
+"""The workers of a killed run hold its lock too, until they see that it is gone."""
 _stop: Any = None
 
 
@@ -26,6 +41,64 @@ class Stopped(Exception):
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def alone_in(folder: Path, refusal: UserError) -> Iterator[None]:
+    """Make `folder` and keep every other run out of it. The lock goes with the processes that hold it.
+
+    Raises:
+        UserError: `refusal`, if another run works there and does not end within `LOCK_WAIT_S`.
+    """
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file_id = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another run has just removed the folder
+            continue
+        try:
+            if not _lock(file_id):
+                if time.monotonic() >= deadline:
+                    raise refusal
+                time.sleep(0.1)
+            elif _is_at(file_id, folder / LOCK_NAME):
+                yield
+                return
+        finally:
+            os.close(file_id)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that this process is `alone_in`, the lock last, so that nobody comes in before."""
+    with suppress(OSError):  # what cannot be removed harms nobody; Windows keeps open files
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK_NAME:
+                path.unlink()
+        (folder / LOCK_NAME).unlink()
+        folder.rmdir()
+
+
+def _is_at(file_id: int, path: Path) -> bool:
+    """Say whether an open file is still the one at `path`: a lock that was removed with its folder locks nothing."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file_id))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file_id: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file_id, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def stop_if_asked() -> None:

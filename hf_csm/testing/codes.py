@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from hf_csm.data.labels import UNLABELLED, emotion_id
 from hf_csm.data.schema import WINDOW_FEATURES
-from hf_csm.data.table import ShardWriter, SplitInfo, shard_name, split_files, write_card
+from hf_csm.data.table import CARD_NAME, ShardWriter, SplitInfo, shard_name, split_files, write_card
 from hf_csm.units import Frames, frames_to_seconds
 
 
@@ -74,6 +74,16 @@ def write_random_codes(
         out, features=features, title=out.name, license="other", splits=splits, metadata=metadata, body="Random codes."
     )
     return out
+
+
+def restate_sizes(table: Path) -> None:
+    """State in the card of a table what its files are now, after some were changed or removed."""
+    from huggingface_hub.repocard import metadata_load, metadata_save
+
+    front = metadata_load(table / CARD_NAME) or {}
+    for split in front["dataset_info"]["splits"]:
+        split["num_bytes"] = sum(file.stat().st_size for file in split_files(table, split["name"]))
+    metadata_save(table / CARD_NAME, front)
 
 
 def _row(id_: str, corpus: str, window: RandomWindow, codes: np.ndarray) -> pa.Table:

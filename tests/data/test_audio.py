@@ -82,3 +82,31 @@ def test_the_hash_is_of_the_samples_not_of_the_file():
     flac, wav = read_audio(encode_flac(pcm, 48_000))[0], read_audio(as_file(pcm, format="WAV"))[0]
     assert hash_samples(to_int16(flac)) == hash_samples(to_int16(wav)) == hash_samples(pcm)
     assert hash_samples(pcm) != hash_samples(pcm[::-1].copy())
+
+
+@pytest.mark.parametrize(
+    ("loudest", "message"),
+    [(np.nan, "no finite numbers"), (-np.inf, "no finite numbers"), (9_000.0, "samples reach 9,000")],
+)
+def test_float_samples_that_are_no_sound_are_an_error(loudest, message):
+    samples = tone()
+    samples[7] = loudest
+    with pytest.raises(UserError, match=rf"clip\.wav: .*{message}") as error:
+        read_audio(as_file(samples, format="WAV", subtype="FLOAT"), "clip.wav")
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("options", [{"format": "AIFF"}, {"format": "AU"}, {"format": "OGG", "subtype": "VORBIS"}])
+@pytest.mark.parametrize("share", [0.75, 0.97])
+def test_other_formats_cut_short_are_errors(options, share):
+    content = as_file(np.random.default_rng(0).normal(0, 0.1, 48_000), **options)
+    assert len(read_audio(content)[0]) == 48_000
+    with pytest.raises(UserError, match="cut short"):
+        read_audio(content[: int(len(content) * share)], "clip")
+
+
+@pytest.mark.parametrize("size", [0x7FFFF024, 0xFFFFFFFF])
+def test_a_wav_written_to_a_pipe_has_a_size_that_means_nothing(size):
+    content = bytearray(as_file(tone(), format="WAV", subtype="FLOAT"))
+    content[4:8] = size.to_bytes(4, "little")
+    assert len(read_audio(bytes(content))[0]) == len(tone())

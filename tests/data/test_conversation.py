@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hf_csm.data.conversation import (
     words_of,
 )
 from hf_csm.data.table import ROWS_PER_GROUP
+from hf_csm.errors import UserError
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME, seconds_to_samples
 
 
@@ -216,3 +218,19 @@ def test_turns_and_words_are_stored_in_seconds():
 def test_room_tone_has_the_level_it_is_given(level_db):
     tone = room_tone(100_000, np.random.default_rng(0), (level_db, level_db))
     assert 20 * np.log10(tone.std()) == pytest.approx(level_db, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"duration_s": math.inf},
+        {"margin_s": math.nan},
+        {"lead_in_s": (1.0, math.inf)},
+        {"room_tone_db": (-math.inf, 0.0)},
+        {"user_turn_share": math.nan},
+    ],
+    ids=str,
+)
+def test_every_number_of_a_composition_is_finite(options):
+    with pytest.raises(UserError, match=f"{next(iter(options))} of a composition is .*\nGive finite numbers"):
+        Composition(**options)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 import hf_csm
+from hf_csm.data.archive import Member
 from hf_csm.data.audio import decode_audio, hash_samples, to_int16
 from hf_csm.data.corpus import make_builder
 from hf_csm.data.listing import hash_listing
-from hf_csm.data.schema import UTTERANCE_FEATURES
-from hf_csm.data.utterance import Tally
+from hf_csm.data.schema import ALIGNMENT_SOURCES, UTTERANCE_FEATURES
+from hf_csm.data.utterance import Shard, Tally, Utterance
 from hf_csm.errors import UserError
 from hf_csm.testing.ravdess import clip_bytes, write_ravdess
 
@@ -124,3 +126,64 @@ def test_a_speaker_in_two_splits_is_refused_before_anything_is_read(tmp_path, mo
     monkeypatch.setattr(ravdess, "describe", leaking)
     with pytest.raises(UserError, match="Speaker ravdess-01 is in two splits"):
         hf_csm.load_corpus("ravdess", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "options", "message"),
+    [
+        ("csv_manifest", {"license": True}, "license cannot be True"),
+        ("csv_manifest", {"license": ("cc", "by")}, "license cannot be"),
+        ("csv_manifest", {"corpus_name": 1.5}, r"corpus_name cannot be 1\.5"),
+        ("ravdess", {"subsets": True}, "subsets cannot be True"),
+        ("esd", {"languages": ("en", 3)}, "languages cannot be"),
+        ("msp_podcast", {"test_sets": 1}, "test_sets cannot be 1"),
+        ("msp_podcast", {"allow_missing_text": "maybe"}, "allow_missing_text cannot be 'maybe'"),
+        ("ravdess", {"prosody": "yes"}, "prosody cannot be 'yes'"),
+        ("ravdess", {"align_model": True}, "align_model cannot be True"),
+    ],
+)
+def test_an_option_of_another_type_is_an_error_that_names_it(corpus, options, message):
+    with pytest.raises(UserError, match=message):
+        make_builder(corpus, "raw", **options)
+
+
+def test_options_as_a_command_line_gives_them_become_what_they_mean(tmp_path):
+    options = {"keep_unknown_speakers": "False", "allow_missing_text": "true", "test_sets": ["Test1"]}
+    config = make_builder("msp_podcast", "raw", **options).config
+    assert (config.keep_unknown_speakers, config.allow_missing_text) == (False, True)
+    assert config.test_sets == ("Test1",)
+    (tmp_path / "a.csv").write_text("path,text,emotion,speaker\n")
+    assert make_builder("csv_manifest", tmp_path, corpus_name=2024).corpus == "2024"
+
+
+@pytest.mark.parametrize(
+    ("times", "source", "repaired"),
+    [
+        ((0.1, 0.5), "corpus", 0),
+        ((0.1, 1.04), "corpus", 0),
+        ((0.1, 1.06), "energy", 1),
+        ((-0.1, 0.5), "energy", 1),
+    ],
+)
+def test_word_times_of_the_corpus_are_taken_if_they_lie_in_the_clip(tmp_path, times, source, repaired):
+    samples = np.random.default_rng(0).normal(0, 0.1, 24_000).astype(np.float32)
+    samples[9] = 1.5
+    soundfile.write(tmp_path / "a.wav", samples, 24_000, subtype="FLOAT")
+    member = Member("a.wav", str(tmp_path), 1, is_zipped=False)
+    utterance = Utterance("a", member, "Dogs", "happy", "s", "train", words=(("Dogs", *times),))
+    tally = Tally()
+    (row,) = make_builder("ravdess", "raw").rows(Shard("train", (utterance,)), tally)
+    assert row["alignment_source"] == ALIGNMENT_SOURCES.index(source)
+    assert 0 <= row["words"][0]["start_s"] < row["words"][-1]["end_s"] <= 1
+    assert tally.counts.get(("repaired", "word times lie beyond the clip"), 0) == repaired
+    assert tally.counts[("noted", "samples beyond full scale clipped")] == 1
+
+
+def test_a_clip_of_msp_podcast_may_have_its_suffix_in_capitals(tmp_path):
+    columns = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"
+    row = "MSP-PODCAST_0001_0001.wav,N,4,4,4,1,Male,Train"
+    (tmp_path / "labels_consensus.csv").write_text(f"{columns}\n{row}\n")
+    (tmp_path / "MSP-PODCAST_0001_0001.txt").write_text("So it is.")
+    (tmp_path / "MSP-PODCAST_0001_0001.WAV").write_bytes(b"x")
+    ((utterance,),) = (shard.utterances for shard in make_builder("msp_podcast", tmp_path).shards()[0])
+    assert (utterance.id, len(utterance.sidecars)) == ("msp_podcast-0001_0001", 1)

@@ -195,3 +195,27 @@ def test_a_blank_that_is_no_output_is_an_error(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(renamed)}))
     with pytest.raises(UserError, match="<pad>"):
         CtcAligner(folder)
+
+
+def break_blank(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": None}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"garbage" * 9), "can be loaded"),
+        (lambda folder: (folder / "vocab.json").unlink(), "can be loaded"),
+        (lambda folder: (folder / "vocab.json").write_text('["a", "b"]'), "can be loaded"),
+        (lambda folder: (folder / "vocab.json").write_text('{"a": "b"}'), "can be loaded"),
+        (break_blank, "its blank None"),
+    ],
+)
+def test_a_damaged_model_is_an_error_of_two_lines(tmp_path, break_it, message):
+    folder = write_model(tmp_path, UPPER)
+    break_it(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        CtcAligner(folder)
+    assert len(str(error.value).splitlines()) == 2

@@ -85,6 +85,7 @@ def test_a_cell_of_two_tables_is_one_line(config):
 def test_filters_and_cut_windows_are_named(config):
     text = describe(config(emotions=["happy"], duration_sec=180)).render()
     assert "only emotions: happy" in text
+    assert re.search(r"/esd: 3 of 9 windows left out by the filters", text)
     assert "7 training windows are cut at 180 s" in text
 
 
@@ -97,9 +98,8 @@ def test_the_base_model_is_not_needed_but_the_tables_agree_on_the_codec(config, 
 @pytest.mark.parametrize("option", ["sources", "val_manifest_path", "replay"])
 def test_a_manifest_that_is_not_encoded_is_named_with_the_command(config, option):
     value = {"sources": [Source("data/t.jsonl")], "replay": Replay("data/t.jsonl", 0.1)}.get(option, "data/t.jsonl")
-    with pytest.raises(
-        UserError, match=r"data/t.jsonl .*\nRun `hf-csm encode data/t.jsonl --out codes/t --base-model"
-    ):
+    command = r"`hf-csm encode data/t.jsonl --out codes/t --base-model \S+ --duration-sec 10000`"
+    with pytest.raises(UserError, match=rf"data/t.jsonl .*\nRun {command}"):
         describe(config(**{option: value}))
 
 

@@ -18,6 +18,7 @@ from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
 from hf_csm.data.table import ParquetRows, ShardWriter, read_card_metadata, read_columns, split_files
 from hf_csm.errors import UserError
 from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_mimi
+from hf_csm.testing.codes import restate_sizes
 from hf_csm.units import SAMPLES_PER_FRAME
 
 
@@ -102,7 +103,8 @@ def test_the_card_names_codec_and_composition(codes, base):
 
 def test_encoding_again_does_nothing(codes, prepared, mimi, base):
     before = {path: path.stat().st_mtime_ns for path in codes.rglob("*")}
-    encode(prepared, codes, mimi, codec_sha256(base), composition=COMPOSITION, progress=False)
+    report = encode(prepared, codes, mimi, codec_sha256(base), composition=COMPOSITION, progress=False)
+    assert not report.is_new
     assert {path: path.stat().st_mtime_ns for path in codes.rglob("*")} == before
 
 
@@ -189,6 +191,37 @@ def test_two_processes_at_once_make_the_table_of_one(straight, prepared, mimi, t
     assert files_of(tmp_path / "out") == straight
 
 
+@pytest.mark.parametrize("is_published", [True, False], ids=["published", "gone"])
+def test_a_run_whose_staging_another_one_removes_ends_well_if_the_table_is_there(
+    straight, prepared, mimi, tmp_path, monkeypatch, is_published
+):
+    codec = hf_csm.data.encode.encode_waveforms
+
+    def overtaken(*args):
+        monkeypatch.setattr(hf_csm.data.encode, "encode_waveforms", codec)
+        if is_published:
+            encode_some(prepared, tmp_path / "out", mimi)
+        else:
+            shutil.rmtree(next(tmp_path.glob(".out.*.partial")))
+        return codec(*args)
+
+    monkeypatch.setattr(hf_csm.data.encode, "encode_waveforms", overtaken)
+    if is_published:
+        assert encode_some(prepared, tmp_path / "out", mimi).is_complete
+        assert files_of(tmp_path / "out") == straight
+        assert not list(tmp_path.glob(".*"))
+    else:
+        with pytest.raises(FileNotFoundError):
+            encode_some(prepared, tmp_path / "out", mimi)
+
+
+def test_half_a_corpus_is_not_encoded(prepared, tmp_path):
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    next(copy.glob("data/train/*.parquet")).unlink()
+    with pytest.raises(UserError, match="copy: not a whole table"):
+        encode(copy, tmp_path / "out", None, "0", progress=False)
+
+
 def test_the_label_is_in_the_card(codes, prepared, mimi, tmp_path):
     assert read_card_metadata(codes)["label"] == "acted"
     assert "- label: `acted`" in (codes / "README.md").read_text()
@@ -205,6 +238,7 @@ def test_another_label_is_another_table(small_units, prepared, mimi, tmp_path):
         table = table.set_column(column, table.schema.field(column), table.column("emotion"))
         with ShardWriter(path, UTTERANCE_FEATURES) as writer:
             writer.write(table)
+    restate_sizes(voted)
     encode_some(voted, tmp_path / "out", mimi, label="agreed")
     assert read_card_metadata(tmp_path / "out")["label"] == "agreed"
     with pytest.raises(UserError, match="holds something else"):

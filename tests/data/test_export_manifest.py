@@ -1,6 +1,7 @@
 import bisect
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_read_back_the_table_is_that_of_encode_to_what_rounding_changes(
     rows = list(load_dataset(str(out), split="train"))
     assert len(rows) == sum(row["split"] == "test" for row in windows.values())
     for row in rows:
-        original = windows[row["id"].removeprefix("test-").removesuffix("-0000")]
+        original = windows[row["id"].removeprefix("ravdess-").removesuffix("-0000")]
         assert row["emotion"] == original["emotion"]
         assert row["words"] == original["words"]
         codes, expected = np.asarray(row["codes"]), np.asarray(original["codes"])
@@ -179,7 +180,7 @@ def test_a_stopped_export_goes_on(exported, prepared, tmp_path, monkeypatch, num
 
 def test_exporting_again_does_nothing(exported, prepared):
     before = {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
-    export(prepared, exported)
+    assert not export(prepared, exported).is_new
     assert {path: path.stat().st_mtime_ns for path in exported.rglob("*")} == before
 
 
@@ -198,6 +199,21 @@ def test_the_terms_of_the_corpus_go_with_it(exported, prepared):
     card = (exported / "README.md").read_text()
     assert read_card_metadata(prepared)["notice"] in card
     assert "license: cc-by-nc-sa-4.0" in card
+
+
+def test_encoded_again_it_is_of_the_same_corpus_under_the_same_terms(exported, tiny_moshi, tmp_path):
+    """So that a corpus that may not be published is not under another name."""
+    raw = shutil.copytree(exported, tmp_path / "raw")
+    card = raw / "README.md"
+    card.write_text(card.read_text().replace("builder: ravdess", "builder: esd"))
+    base = find_checkpoint(str(tiny_moshi))
+    encode_manifest(
+        raw / "test.jsonl", tmp_path / "out", load_mimi(base), "0", composition=COMPOSITION, progress=False
+    )
+    metadata = read_card_metadata(tmp_path / "out")
+    expected = {**read_card_metadata(exported), "builder": "esd"}
+    for key in ("corpus", "builder", "title", "license", "notice"):
+        assert metadata[key] == expected[key]
 
 
 def test_a_name_that_no_file_can_have_is_written_another_way():

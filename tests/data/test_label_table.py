@@ -55,6 +55,7 @@ def test_a_line_separator_inside_a_json_string_ends_no_line(tmp_path):
         ("a.json", b'{"x": 1}', "'1' is not an object"),
         ("a.jsonl", b'{"x": 1}\n{"x": [1]}\n', r"after row 1 \('x' holds more than one value\)"),
         ("a.jsonl", b"{\n", "from its first row on"),
+        ("a.jsonl", b'{"x": "1"}\n{"x": "\\ud83d"}\n', "after row 1 .half a character"),
     ],
 )
 def test_a_damaged_table_is_an_error_of_two_lines_that_names_it(tmp_path, name, content, message):

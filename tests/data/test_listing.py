@@ -1,10 +1,12 @@
 import dataclasses
+import os
 import re
+import zipfile
 
 import pytest
 
-from hf_csm.data.archive import Member
-from hf_csm.data.listing import SHARD_CLIPS, hash_listing, list_clips, looks_like
+from hf_csm.data.archive import Member, list_members
+from hf_csm.data.listing import SHARD_CLIPS, hash_listing, hash_shard, list_clips, looks_like
 from hf_csm.data.utterance import Skipped, Utterance
 from hf_csm.errors import UserError
 
@@ -122,3 +124,24 @@ def test_the_hash_follows_what_a_clip_says_and_the_size_of_its_files():
     ]
     assert len(set(hashes)) == len(hashes)
     assert hash_of(member=Member("elsewhere/00001.wav", "other", 100, is_zipped=True)) == hashes[0]
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+@pytest.mark.parametrize("victim", ["1.wav", "1.txt"])
+def test_a_shard_with_a_file_of_other_date_has_another_hash_in_the_same_listing(tmp_path, is_zipped, victim):
+    for name in ("1.wav", "1.txt"):
+        (tmp_path / name).write_text("content")
+    changing = tmp_path / victim
+    if is_zipped:
+        changing = tmp_path.with_suffix(".zip")
+        with zipfile.ZipFile(changing, "w") as archive:
+            for name in ("1.wav", "1.txt"):
+                archive.writestr(name, "content")
+    hashes = []
+    for time_ns in (10**18, 10**18, 10**18 + 4_000_000):
+        os.utime(changing, ns=(time_ns, time_ns))
+        text, sound = list_members([changing if is_zipped else tmp_path])
+        (shard,), _ = list_clips([dataclasses.replace(clip(1), member=sound, sidecars=(text,))], LABELS, "C")
+        hashes.append((hash_shard(shard), hash_listing([shard])))
+    assert hashes[0] == hashes[1]
+    assert hashes[0][0] != hashes[2][0] and hashes[0][1] == hashes[2][1]

@@ -231,6 +231,35 @@ def test_other_recordings_make_another_table(manifest, mimi, tmp_path):
         encode_talk(manifest, tmp_path / "out", mimi)
 
 
+@pytest.mark.parametrize("second", [0, 15, 29.9], ids=["begin", "middle", "end"])
+def test_an_edited_recording_of_the_same_size_is_another(tmp_path, second):
+    samples = tones(30.0, SAMPLE_RATE)
+    before = open_dialogues(tmp_path, [write_dialogue(tmp_path, "a.wav", samples=samples, duration_s=30.0)]).sha256
+    samples[round(second * SAMPLE_RATE) :][:100] = 0
+    after = open_dialogues(tmp_path, [write_dialogue(tmp_path, "a.wav", samples=samples, duration_s=30.0)]).sha256
+    assert after != before
+
+
+def test_a_row_may_name_the_language(tmp_path):
+    rows = [write_dialogue(tmp_path, f"{name}.wav", duration_s=5.0, language=name) for name in ("EN", "zh", None)]
+    assert [segment.language for segment in open_dialogues(tmp_path, rows).segments] == ["en", "zh", None]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path):
+    manifest = write_manifest(tmp_path, [write_dialogue(tmp_path, "a.wav", duration_s=5.0)])
+    manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes())
+    assert len(Dialogues(manifest, "talk", COMPOSITION).segments) == 1
+
+
+def test_a_manifest_named_after_a_split_is_of_its_folders_corpus(tmp_path, mimi):
+    rows = [write_dialogue(tmp_path / "Daily Talk", "a.wav", duration_s=2.0)]
+    manifest = write_manifest(tmp_path / "Daily Talk", rows)
+    manifest = manifest.rename(manifest.with_name("train.jsonl"))
+    assert encode_talk(manifest, tmp_path / "out", mimi).is_new
+    assert read_card_metadata(tmp_path / "out")["corpus"] == "daily_talk"
+    assert not encode_talk(manifest, tmp_path / "out", mimi).is_new
+
+
 def test_the_corpus_is_named_after_the_manifest_unless_it_is_told(manifest, mimi, tmp_path):
     renamed = manifest.rename(manifest.with_name("Daily Talk-2.jsonl"))
     encode_talk(renamed, tmp_path / "out", mimi)
@@ -256,6 +285,7 @@ BAD_INPUT = {
         lambda raw: add_line(raw, '{"path": "b.wav", "emotion": "glad"}'),
         "line 2: unknown .* 'glad'",
     ),
+    "no language": (lambda raw: add_line(raw, '{"path": "b.wav", "language": 3}'), "language of b.wav is 3"),
     "no audio": (lambda raw: add_line(raw, '{"path": "b.wav"}'), "line 2: .*b.wav does not exist"),
     "no sound": (lambda raw: (raw / "a.wav").write_text("hello"), "a.wav is not a sound file"),
     "mono": (

@@ -1,3 +1,4 @@
+import shutil
 from collections import Counter
 from itertools import count, islice
 
@@ -75,6 +76,8 @@ def codes_of(batches):
         ([cell(60), cell(30), cell(10)], Balance(temperature=0, max_repeats=1.5), [0.425, 0.425, 0.15]),
         ([cell(60), cell(30), cell(10)], Balance(temperature=0, max_repeats=1), [0.6, 0.3, 0.1]),
         ([cell(5)], Balance(), [1.0]),
+        ([cell(300, weight=1e308), cell(100, weight=1e308)], Balance(temperature=1), [0.75, 0.25]),
+        ([cell(300, weight=1e308), cell(100, weight=1e-308)], Balance(max_repeats=1), [0.75, 0.25]),
     ],
 )
 def test_cell_probabilities(cells, balance, expected):
@@ -229,8 +232,9 @@ def test_long_windows_are_cut(base, codes, layout, tokenize):
     assert batch.codes.shape[2] <= 60 + layout.max_delay
 
 
-def test_a_weight_moves_the_share_of_a_table(base, codes):
-    sources = [Source(str(codes), 1.0), Source(str(codes), 3.0)]
+def test_a_weight_moves_the_share_of_a_table(base, codes, tmp_path):
+    copy = shutil.copytree(codes, tmp_path / "copy")
+    sources = [Source(str(codes), 1.0), Source(str(copy), 3.0)]
     cells = WindowTable(sources, "train", codec_sha256=codec_sha256(base)).cells()
     shares = cell_probabilities(cells, Balance(temperature=1))
     assert sum(share for share, c in zip(shares, cells, strict=True) if c.weight == 3.0) == pytest.approx(0.75)

@@ -15,8 +15,9 @@ from hf_csm.data.audio import decode_audio, hash_samples, to_int16
 from hf_csm.data.corpus import CorpusBuilder
 from hf_csm.data.prepare import prepare
 from hf_csm.data.schema import UTTERANCE_FEATURES
+from hf_csm.data.workers import alone_in
 from hf_csm.errors import UserError
-from hf_csm.testing.ravdess import clip_bytes, write_ravdess
+from hf_csm.testing.ravdess import clip_bytes, wav_bytes, write_ravdess
 
 
 ACTORS = (1, 7, 17, 18, 21)
@@ -105,17 +106,27 @@ def test_a_run_that_broke_goes_on_and_ends_the_same(raw, done, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert not out.exists()
+    found = [path.suffix for path in (tmp_path / ".ravdess.partial" / "parts").iterdir()]
+    assert (found.count(".arrow"), found.count(".json")) == (2, 2)
     prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert read == [f"ravdess-{actor:02d}" for actor in (1, 7, 17, 17, 18, 21)]
     assert contents(out) == contents(done[0])
 
 
-def test_parts_of_other_files_are_not_trusted(raw, done, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["_merge", "_publish"])
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_what_was_made_of_other_files_is_not_trusted(raw, done, tmp_path, monkeypatch, step, is_missing):
     changed = tmp_path / "raw"
     shutil.copytree(raw, changed)
     victim = changed / "Actor_21" / "03-01-03-01-01-01-21.wav"
-    victim.unlink()
-    monkeypatch.setattr("hf_csm.data.prepare._merge", _interrupt)
+    if is_missing:
+        victim.unlink()
+    else:  # other sound of the same size
+        content = bytearray(victim.read_bytes())
+        content[150_000:150_100] = bytes(range(100))
+        victim.write_bytes(content)
+        os.utime(victim, ns=(1, 1))
+    monkeypatch.setattr(f"hf_csm.data.prepare.{step}", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare("ravdess", changed, tmp_path / "ravdess", num_workers=1, progress=False)
     monkeypatch.undo()
@@ -150,6 +161,8 @@ prepare("ravdess", {str(raw)!r}, {str(out)!r}, num_workers=2, progress=False)
     run.kill()
     run.wait()
     assert not out.exists()
+    prepare("ravdess", raw, out, num_workers=1, progress=False)  # waits for the workers, which end with their parent
+    assert contents(out) == contents(done[0])
     while time.monotonic() < deadline:
         try:
             os.killpg(run.pid, 0)
@@ -159,8 +172,59 @@ prepare("ravdess", {str(raw)!r}, {str(out)!r}, num_workers=2, progress=False)
     else:
         os.killpg(run.pid, signal.SIGKILL)
         pytest.fail("workers outlive their parent")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no lock")
+def test_two_runs_into_one_place_do_not_meet(raw, done, tmp_path, monkeypatch):
+    out, staging = tmp_path / "ravdess", tmp_path / ".ravdess.partial"
+    monkeypatch.setattr("hf_csm.data.workers.LOCK_WAIT_S", 0.0)
+    with alone_in(staging, UserError("", "")), pytest.raises(UserError, match=r"Another prepare is writing .*ravdess"):
+        prepare("ravdess", raw, out, num_workers=1, progress=False)
+    assert [path.name for path in staging.iterdir()] == ["lock"] and not out.exists()
     prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert contents(out) == contents(done[0])
+
+
+def test_a_link_is_filled_at_its_target(raw, done, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "ravdess").symlink_to(disk)
+    prepare("ravdess", raw, tmp_path / "ravdess", num_workers=1, progress=False)
+    assert (tmp_path / "ravdess").is_symlink()
+    assert contents(disk) == contents(done[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "ravdess"]
+
+
+def test_after_a_bad_file_is_mended_only_what_is_missing_is_made(raw, done, tmp_path, monkeypatch):
+    shutil.copytree(raw, tmp_path / "raw")
+    bad = tmp_path / "raw" / "Actor_17" / "03-01-02-01-01-01-17.wav"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:1_000])
+    read = []
+    rows = CorpusBuilder.rows
+
+    def noting(self, shard, tally):
+        read.append(int(shard.utterances[0].speaker_id[-2:]))
+        return rows(self, shard, tally)
+
+    monkeypatch.setattr(CorpusBuilder, "rows", noting)
+    with pytest.raises(UserError, match=bad.name):
+        prepare("ravdess", tmp_path / "raw", tmp_path / "out" / "ravdess", num_workers=1, progress=False)
+    bad.write_bytes(good)
+    prepare("ravdess", tmp_path / "raw", tmp_path / "out" / "ravdess", num_workers=1, progress=False)
+    assert read == [1, 7, 17, 17, 18, 21]
+    assert contents(tmp_path / "out" / "ravdess") == contents(done[0])
+
+
+def test_if_no_clip_is_left_the_reasons_are_said(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for repetition in (1, 2):
+        path = tmp_path / "raw" / f"03-01-03-01-01-0{repetition}-01.wav"
+        path.write_bytes(wav_bytes(np.zeros(48_000)))
+    with pytest.raises(UserError, match=r"no clips are left: 2 digital silence") as caught:
+        prepare("ravdess", tmp_path / "raw", tmp_path / "out", num_workers=1, progress=False)
+    assert "\n" not in caught.value.problem + caught.value.remedy
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_things_is_left_alone(raw, tmp_path):

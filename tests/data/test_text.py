@@ -24,3 +24,15 @@ def test_an_opening_mark_joins_the_next_word():
 
 def test_chinese_is_split_by_character():
     assert split_words("打远一看，它们。") == ["打", "远", "一", "看，", "它", "们。"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("“打远一看”", ["“打", "远", "一", "看”"]),
+        ("“ 打远", ["“ 打", "远"]),
+        ("- “打", ["- “打"]),
+    ],
+)
+def test_a_mark_joins_its_word_with_the_space_that_the_text_has(text, words):
+    assert split_words(text) == words

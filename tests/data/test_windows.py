@@ -7,7 +7,7 @@ import hf_csm.data.windows
 from hf_csm.config import DatasetConfig, Replay, Source
 from hf_csm.data.windows import WindowTable, held_out_table, manifest_table, training_table, with_tables
 from hf_csm.errors import UserError
-from hf_csm.testing.codes import RandomWindow, write_random_codes
+from hf_csm.testing.codes import RandomWindow, restate_sizes, write_random_codes
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,35 @@ def test_replay_without_training_windows_is_an_error(esd, tmp_path):
         train(esd, replay=Replay(str(held_out), 0.1))
 
 
+def test_a_source_without_training_windows_is_named(esd, tmp_path):
+    held_out = write_random_codes(tmp_path / "held_out", [RandomWindow(None, split="test")])
+    with pytest.raises(UserError, match=r"held_out has no training windows"):
+        train(esd, held_out)
+
+
+def test_half_a_table_is_refused(esd, tmp_path):
+    copy = shutil.copytree(esd, tmp_path / "esd")
+    next(copy.glob("data/train/*.parquet")).unlink()
+    with pytest.raises(UserError, match="/esd: not a whole table"):
+        train(copy)
+
+
+@pytest.mark.parametrize("is_replay", [False, True], ids=["in sources", "in replay"])
+def test_a_table_is_named_once(esd, is_replay):
+    again = f"{esd}/../{esd.name}"
+    with pytest.raises(UserError, match="are one table"):
+        train(esd, replay=Replay(again, 0.1)) if is_replay else train(esd, again)
+
+
+def test_of_each_source_it_is_said_what_the_filters_leave_out(esd, ravdess):
+    table = train(esd, ravdess, emotions=["happy", "calm"], replay=None)
+    assert table.left_out() == [
+        f"{esd}: 8 of 12 windows left out by the filters",
+        f"{ravdess}: 1 of 3 windows left out by the filters",
+    ]
+    assert train(esd, ravdess).left_out() == []
+
+
 def test_a_table_without_a_language_column_says_none(tmp_path):
     old = write_random_codes(tmp_path / "old", [RandomWindow("sad")] * 2, without=("language",))
     assert train(old).languages == [None, None]
@@ -149,9 +178,10 @@ def test_tables_of_different_codecs_are_refused(tmp_path, codec_sha256, named):
         WindowTable([Source(str(first)), Source(str(second))], "train", codec_sha256=codec_sha256)
 
 
-def test_a_prepared_corpus_is_not_taken_for_codes(prepared):
-    with pytest.raises(UserError, match="not a table of codes"):
-        WindowTable([Source(str(prepared))], "train", codec_sha256=None)
+def test_a_prepared_corpus_is_not_taken_for_codes(prepared, monkeypatch):
+    monkeypatch.setattr(hf_csm.data.windows, "find_table", lambda name, revision=None: prepared)
+    with pytest.raises(UserError, match="user/a is not a table of codes.\nRun `hf-csm encode user/a "):
+        WindowTable([Source("user/a")], "train", codec_sha256=None)
 
 
 def test_a_source_may_be_on_the_hub(esd, monkeypatch):
@@ -182,6 +212,7 @@ def test_a_table_for_validation_alone_may_have_training_windows_only(esd, tmp_pa
 def test_what_is_trained_on_is_never_taken_for_validation(esd, tmp_path):
     copy = shutil.copytree(esd, tmp_path / "esd")
     shutil.rmtree(copy / "data" / "validation")
+    restate_sizes(copy)
     config = DatasetConfig(manifest_path=str(copy), val_manifest_path=f"{copy}/.")
     assert len(held_out_table(config, "validation", None)) == 0
 
@@ -204,3 +235,12 @@ def test_the_codes_of_a_manifest_have_a_place_of_their_own():
     assert len(places) == 3
     assert all(str(place).startswith("r/codes/t-") for place in places)
     assert manifest_table("a/t.jsonl", "r", 80) == manifest_table("./a/t.jsonl", "r", 80.0)
+
+
+def test_a_changed_manifest_has_another_place(tmp_path):
+    manifest = tmp_path / "t.jsonl"
+    manifest.write_text("{}\n")
+    before = manifest_table(str(manifest), "r", 80)
+    assert manifest_table(str(manifest), "r", 80) == before
+    manifest.write_text("[]\n")
+    assert manifest_table(str(manifest), "r", 80) != before

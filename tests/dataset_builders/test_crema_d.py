@@ -222,6 +222,11 @@ NAME = "1001_IEO_NEU_XX"
         ("summaryTable", b'"","FileName","VoiceVote"\n"1","1001_IEO_NEU_XX"\n', "row 2: 2 fields, its header has 3"),
         ("summaryTable", summary_csv([NAME]).replace(b'"N"', b'"Q"'), f"{NAME} has the unknown vote 'Q'"),
         ("summaryTable", summary_csv([NAME]).replace(b'"N"', b'"N:Q"'), f"{NAME} has the unknown vote 'N:Q'"),
+        (
+            "summaryTable",
+            summary_csv([NAME]) + summary_csv([NAME]).split(b"\n")[1].replace(b'"N"', b'"A"'),
+            f"two votes on {NAME}, N and A",
+        ),
         ("tabulatedVotes", b'"","fileName"\n', "no column 'agreement'"),
         (
             "tabulatedVotes",
@@ -266,7 +271,7 @@ def test_mp3s_alone_are_not_the_corpus(tmp_path):
 
 
 def test_without_a_source_the_error_says_where_the_audio_is():
-    with pytest.raises(UserError, match="github.com/CheyneyComputerScience/CREMA-D"):
+    with pytest.raises(UserError, match="github.com/CheyneyComputerScience/CREMA-D and git lfs pull .*--raw"):
         listing(None)
 
 

@@ -192,6 +192,8 @@ def test_a_name_that_cannot_be_is_an_error(tmp_path, table, options, message):
         ({"text": " "}, r"the transcript '' is empty"),
         ({"emotion": "hangry"}, "unknown emotion 'hangry'"),
         ({"emotion_perceived": "hangry"}, "unknown emotion_perceived 'hangry'"),
+        ({"gender": "womann"}, "unknown gender 'womann'"),
+        ({"path": "0.wav", "text": "Ho."}, r"0\.wav is in .*row [12], too, and they differ"),
         ({"intensity": "loud"}, "unknown intensity 'loud'"),
         ({"split": "later"}, "unknown split 'later'"),
         ({"split": ""}, "no split"),

@@ -255,6 +255,8 @@ def full_speaker(folder, change=lambda rows: rows):
         ),
         ("0011_000060\tIt is mine.", {}),
         ("0011_000060 It is mine.\tneutral", {}),
+        ("0011_000060 It is mine. Neutral", {}),
+        ("0011_000060   It is mine.  愤怒", {}),
         ("0011_000060\t\tIt is\tmine.\t\t愤怒\t", {}),
     ],
 )
@@ -268,6 +270,18 @@ def test_a_row_that_is_wrong_or_missing_is_counted_and_its_clip_dropped(tmp_path
         assert "0011_000060" not in utterances and len(utterances) == 199
     else:
         assert utterances["0011_000060"].text == "It is mine."
+
+
+def test_the_name_of_another_emotion_ends_a_sentence(tmp_path):
+    write_silent(tmp_path, 11, (51, 52), b"0011_000051 I am Happy\n0011_000052 I am Neutral")
+    assert [utterance.text for utterance in listing(tmp_path)[0].values()] == ["I am Happy", "I am"]
+
+
+def test_two_rows_for_a_clip_that_differ_are_noted(tmp_path):
+    write_silent(tmp_path, 11, (51,), b"0011_000051\tOne.\tNeutral\n0011_000051\tTwo.\tNeutral")
+    utterances, tally = listing(tmp_path)
+    assert utterances["0011_000051"].text == "One."
+    assert tally.counts == {("noted", "two transcript rows that differ: the first counts"): 1}
 
 
 def test_too_many_clips_without_a_row_are_an_error_with_their_names(tmp_path):

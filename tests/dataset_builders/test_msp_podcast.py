@@ -97,8 +97,8 @@ def test_every_release_and_layout_gives_the_same_clips(tmp_path, raw, release, o
     assert facts(found) == facts(expected)
     assert tally.counts == expected_tally.counts
     complete = make_builder("msp_podcast", tmp_path).complete
-    texts = [complete(utterance).text for utterance in found.values()]
-    assert texts == [complete(utterance).text for utterance in expected.values()]
+    texts = [complete(utterance, Tally()).text for utterance in found.values()]
+    assert texts == [complete(utterance, Tally()).text for utterance in expected.values()]
     assert [id_ for id_, text in zip(found, texts, strict=True) if text is None] == ["test3_0001"]
 
 
@@ -361,27 +361,27 @@ def timed(*words):
 
 
 @pytest.mark.parametrize(
-    ("transcript", "grid", "text", "words"),
+    ("transcript", "grid", "text", "words", "noted"),
     [
-        ("So,  it's well-known!\n", timed("so", "it's", "well-known"), "So, it's well-known!", "So,|it's|well-known!"),
-        ("So it is.", timed("so", "<unk>", "is"), "So it is.", "So|it|is."),
-        ("So it is.", timed("so", "it", "was"), "So it is.", None),
-        ("So it is.", None, "So it is.", None),
-        (None, timed("so", "<unk>", "is"), "so is", "so|is"),
-        (" \n", timed("so"), "so", "so"),
-        (" \n", timed("<unk>"), None, None),
-        ("...", None, None, None),
+        ("It's  well-known!\n", timed("it's", "well-known"), "It's well-known!", "It's|well-known!", []),
+        ("So it is.", timed("so", "<unk>", "is"), "So it is.", "So|it|is.", []),
+        ("So it is.", timed("so", "it", "was"), "So it is.", None, ["transcript and TextGrid differ"]),
+        ("So it is.", None, "So it is.", None, []),
+        (None, timed("so", "<unk>", "is"), "so is", "so|is", []),
+        (" \n", timed("so"), "so", "so", []),
+        (" \n", timed("<unk>"), None, None, ["no transcript"]),
+        ("...", None, None, None, ["no transcript"]),
     ],
 )
-def test_text_and_words_are_what_transcript_and_text_grid_say_together(tmp_path, transcript, grid, text, words):
+def test_text_and_words_are_what_transcript_and_text_grid_say_together(tmp_path, transcript, grid, text, words, noted):
     write(tmp_path, row(1), row(2), text=False)
     for content, folder, suffix in ((transcript, "Transcripts", "txt"), (grid, "ForceAligned", "TextGrid")):
         (tmp_path / folder).mkdir(exist_ok=True)
         if content is not None:
             (tmp_path / folder / f"MSP-PODCAST_0001_0001.{suffix}").write_text(content)
     found, _ = listing(tmp_path, allow_missing_text=True)
-    done = make_builder("msp_podcast", tmp_path).complete(found["0001_0001"])
-    assert done.text == text
+    done = make_builder("msp_podcast", tmp_path).complete(found["0001_0001"], tally := Tally())
+    assert (done.text, [reason for _, reason in tally.counts]) == (text, noted)
     assert (None if done.words is None else "|".join(word for word, _, _ in done.words)) == words
 
 
@@ -390,7 +390,7 @@ def test_a_transcript_in_another_encoding_is_an_error_that_names_it(tmp_path):
     (tmp_path / "Transcripts" / "MSP-PODCAST_0001_0001.txt").write_bytes(b"caf\xe9")
     (utterance,) = listing(tmp_path)[0].values()
     with pytest.raises(UserError, match=r"MSP-PODCAST_0001_0001\.txt: not UTF-8"):
-        make_builder("msp_podcast", tmp_path).complete(utterance)
+        make_builder("msp_podcast", tmp_path).complete(utterance, Tally())
 
 
 def test_without_a_readable_source_the_user_is_told_what_to_do():

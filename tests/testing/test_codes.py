@@ -1,8 +1,11 @@
+import shutil
+
 import numpy as np
 from datasets import load_dataset
 
+from hf_csm.data.hub import is_whole
 from hf_csm.data.table import read_card_metadata
-from hf_csm.testing.codes import RandomWindow, write_random_codes
+from hf_csm.testing.codes import RandomWindow, restate_sizes, write_random_codes
 
 
 def test_the_table_is_one_of_codes(tmp_path):
@@ -16,3 +19,18 @@ def test_the_table_is_one_of_codes(tmp_path):
     assert {word["channel"] for word in row["words"]} == {0, 1}
     (row,) = table["validation"]
     assert (row["emotion"], row["language"], row["num_frames"]) == (None, None, 30)
+
+
+def test_a_table_is_whole_with_the_files_of_its_card_and_no_others(tmp_path):
+    table = write_random_codes(tmp_path / "esd", [RandomWindow("sad", 5), RandomWindow("sad", 5, split="test")])
+    (tmp_path / "empty").mkdir()
+    empty = write_random_codes(tmp_path / "empty", [])
+    assert is_whole(table) and is_whole(empty)
+    for split in ("validation", "train"):
+        shutil.copytree(table / "data" / "test", empty / "data" / split)
+        assert not is_whole(empty)
+        shutil.rmtree(empty / "data")
+    shutil.rmtree(table / "data" / "test")
+    assert not is_whole(table)
+    restate_sizes(table)
+    assert is_whole(table)

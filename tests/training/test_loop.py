@@ -289,8 +289,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(run_config, tmp_pat
 def test_a_validation_split_without_windows_is_refused(run_config, codes, tmp_path):
     import shutil
 
+    from hf_csm.testing.codes import restate_sizes
+
     copy = shutil.copytree(codes, tmp_path / "codes")
     shutil.rmtree(copy / "data" / "validation")
+    restate_sizes(copy)
     with pytest.raises(UserError, match="validation split has no windows"):
         train(run_config(dataset__manifest_path=copy), consolidate)
     train(run_config(dataset__manifest_path=copy, training__eval_every=0, training__max_steps=1), consolidate)
