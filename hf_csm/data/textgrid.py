@@ -125,4 +125,5 @@ def _damaged(where: str, reason: str) -> UserError:
 
 
 def _letters(word: str) -> str:
-    return "".join(character for character in word.casefold() if character.isalnum())
+    folded = word.casefold()
+    return folded if folded.isalnum() else "".join(character for character in folded if character.isalnum())
