@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 
 from hf_csm.data.archive import Member
 from hf_csm.data.corpus import CorpusBuilder
-from hf_csm.data.download import RemoteArchive
 from hf_csm.data.utterance import Skipped, Utterance
 from hf_csm.errors import UserError
 
@@ -90,10 +89,6 @@ class CremaD(CorpusBuilder):
     HOW_TO_GET = f"git clone {HOMEPAGE} and git lfs pull in it (or git clone {MIRROR})"
     LABELS = {**EMOTIONS, **VOTES}
     FILE_NAME = FILE_NAME
-
-    def archives(self) -> list[RemoteArchive]:
-        """Return nothing: the audio is in Git LFS, which `git` fetches."""
-        return []
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
         """Read the file names, and the tables as far as they are there."""

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 
 from hf_csm.data.archive import Member
 from hf_csm.data.corpus import CorpusBuilder, CorpusConfig
-from hf_csm.data.download import RemoteArchive
 from hf_csm.data.utterance import Skipped, Utterance
 from hf_csm.errors import UserError
 
@@ -84,10 +83,6 @@ class Esd(CorpusBuilder):
     HOMEPAGE = "https://hltsingapore.github.io/ESD/"
     LABELS = EMOTIONS
     FILE_NAME = FILE_NAME
-
-    def archives(self) -> list[RemoteArchive]:
-        """Return nothing: the corpus is behind a form."""
-        return []
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
         """Read the file names and the transcripts of the speakers that are asked for."""

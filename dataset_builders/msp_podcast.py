@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 from hf_csm.data.archive import Member
 from hf_csm.data.corpus import CorpusBuilder, CorpusConfig
-from hf_csm.data.download import RemoteArchive
 from hf_csm.data.label_table import read_rows, read_text
 from hf_csm.data.text import normalise_text, split_words
 from hf_csm.data.textgrid import UNKNOWN_WORD, TimedWord, place_words, read_words
@@ -125,10 +124,6 @@ class MspPodcast(CorpusBuilder):
     LABELS = EMOTIONS
     FILE_NAME = FILE_NAME
     NOT_TO_BE_PUBLISHED = "the licence signed for MSP-Podcast prohibits distribution"
-
-    def archives(self) -> list[RemoteArchive]:
-        """Return nothing: the corpus is handed out on request."""
-        return []
 
     def members(self, paths: list[str]) -> list[Member]:
         """List the files of the sources.
