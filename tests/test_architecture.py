@@ -13,7 +13,7 @@ PYTHON = [
 ]
 
 ORDER = ("errors", "units", "config", "data", "models", "evaluation", "training", "export", "serving")
-"""A part may import those left of it. `testing`, `cli` and `doctor` stand outside: nothing imports them."""
+"""A part may import those left of it. `testing`, `cli`, `verbs` and `doctor` stand outside: nothing imports them."""
 
 
 def imports_of(path):
