@@ -1,0 +1,379 @@
+"""Moshi without a server: a text spoken, or a recording answered, from the same engine, repeatable by seed."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import soundfile
+import torch
+
+from hf_csm.data.audio import read_audio, resample
+from hf_csm.data.conversation import room_tone
+from hf_csm.data.text import normalise_text, split_words
+from hf_csm.errors import UserError
+from hf_csm.evaluation.generate import ROOM_TONE_DB
+from hf_csm.models.streaming import Frame
+from hf_csm.serving.voices import Speaker, Voice, check_strength
+from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME, frames_to_seconds, samples_to_frames, seconds_to_frames
+
+
+WORD_START = "\u2581"
+"""What SentencePiece begins a word with."""
+SILENCE_DB = -45.0
+"""Frames below this level (RMS, relative to full scale) are silent."""
+MAX_PADDING_S = 0.96
+"""Longest pause between two words of a text, whatever Moshi thinks: so every text comes to its end."""
+FADED_S = 0.8
+"""Silence after the last word that ends a text."""
+MAX_FADING_S = 4.0
+"""Longest time after the last word, silent or not."""
+SUFFIXES = (".wav", ".flac", ".ogg")
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What Moshi said, and to what.
+
+    Attributes:
+        audio: `[S]`, float32, 24 kHz: Moshi's side, whole frames.
+        user: `[S]`, what it heard meanwhile.
+        text: what it said.
+        words: `word` and `start_s`, in seconds from the first sample; the frame in which its text begins.
+        text_tokens: `[T]`, prefix included.
+        voice: who spoke.
+        emotion: that the voice was asked for; None for none.
+        question_s: length of what the user said; 0 for a text.
+    """
+
+    audio: np.ndarray
+    user: np.ndarray
+    text: str
+    words: list[dict[str, Any]]
+    text_tokens: list[int]
+    voice: str
+    emotion: str | None
+    strength: float
+    seed: int
+    question_s: float = 0.0
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.audio) / SAMPLE_RATE
+
+    @property
+    def is_silent(self) -> bool:
+        """Say whether nothing can be heard."""
+        return all(level_db(frame) < SILENCE_DB for frame in np.split(self.audio, len(self.text_tokens)))
+
+    def describe(self) -> dict[str, Any]:
+        """Return all but the samples and tokens, as JSON takes it."""
+        names = ("text", "words", "voice", "emotion", "strength", "seed", "question_s", "duration_s", "is_silent")
+        return {name: getattr(self, name) for name in names}
+
+
+class Script:
+    """A text policy of `Engine` that makes Moshi say given words: Moshi decides when one begins, the script which.
+
+    The stream is what `data.layout.text_stream` lays out in training: the tokens of a word in a row, the end of
+    padding before it, padding elsewhere. A word begins where Moshi samples the end of padding or what begins a word.
+
+    Attributes:
+        word_frames: frame in which each word began, of those that have.
+        last_frame: frame of the last token of the last word; None until then.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[Sequence[int]],
+        *,
+        num_given: int,
+        word_starts: Collection[int],
+        padding_id: int,
+        end_of_padding_id: int,
+        max_padding: int = seconds_to_frames(MAX_PADDING_S),
+    ):
+        """Begin with the first word.
+
+        Args:
+            words: tokens of each.
+            num_given: frames at the start that are left as they are: the prefix.
+            word_starts: tokens that begin a word.
+            max_padding: frames of padding in a row after which the next word begins whatever Moshi samples.
+        """
+        assert words and all(words), words
+        self.word_frames: list[int] = []
+        self.last_frame: int | None = None
+        self._words, self._tokens = deque(words), deque[int]()
+        self._num_given, self._word_starts = num_given, frozenset(word_starts)
+        self._padding_id, self._end_of_padding_id, self._max_padding = padding_id, end_of_padding_id, max_padding
+        self._num_frames = self._num_padding = 0
+        self._is_announced = self._follows_word = False
+
+    def __call__(self, text_tokens: torch.Tensor) -> None:
+        """Write over what was sampled for the only slot, `[1]`."""
+        text_tokens[0] = self.follow(int(text_tokens[0]))
+
+    def follow(self, sampled: int) -> int:
+        """Return the text token of the next frame."""
+        frame, self._num_frames = self._num_frames, self._num_frames + 1
+        if frame < self._num_given:
+            return sampled
+        if self._words and not self._tokens:
+            begins_word = sampled in self._word_starts
+            if self._is_announced or (begins_word and self._follows_word):
+                self._tokens.extend(self._words.popleft())
+                self.word_frames.append(frame)
+                self._is_announced = False
+            elif begins_word or sampled == self._end_of_padding_id or self._num_padding >= self._max_padding:
+                self._is_announced, self._follows_word, self._num_padding = True, False, 0
+                return self._end_of_padding_id
+        self._follows_word = bool(self._tokens)
+        if not self._tokens:
+            self._num_padding += 1
+            return self._padding_id
+        token = self._tokens.popleft()
+        if not self._tokens and not self._words:
+            self.last_frame = frame
+        return token
+
+
+def say(
+    speaker: Speaker,
+    text: str,
+    *,
+    emotion: str | None = None,
+    voice: str | None = None,
+    strength: float = 1.0,
+    seed: int = 0,
+) -> Speech:
+    """Let Moshi say `text`, to a user who says nothing.
+
+    It ends when the last word has faded. The same arguments give the same speech.
+
+    Args:
+        speaker: with one slot.
+        strength: of the adapter; 0 is the base, 1 as trained.
+
+    Raises:
+        UserError: the text is empty, no voice knows the emotion, or the strength is none.
+    """
+    chosen = _choose(speaker, emotion, voice, strength)
+    words = split_words(normalise_text(text, "what to say"))
+    engine, tokenizer = speaker.engine, speaker.tokenizer
+    script = Script(
+        [tokens for tokens in map(tokenizer.encode, words) if tokens],
+        num_given=len(speaker.prefix(chosen, emotion)),
+        word_starts=[i for i in range(tokenizer.vocab_size()) if tokenizer.id_to_piece(i).startswith(WORD_START)],
+        padding_id=engine.lm.text_padding_token_id,
+        end_of_padding_id=engine.lm.end_of_text_padding_id,
+    )
+    num_faded, most_fading = seconds_to_frames(FADED_S), seconds_to_frames(MAX_FADING_S)
+    frames: list[Frame] = []
+    heard = _Heard(None, seed)
+    engine.text_policy = script
+    try:
+        for frame in _converse(speaker, heard, chosen, emotion, strength, seed):
+            frames.append(frame)
+            after = [] if script.last_frame is None else frames[script.last_frame + 1 :]
+            is_faded = len(after) >= num_faded and all(_is_silent(frame) for frame in after[-num_faded:])
+            if is_faded or len(after) >= most_fading:
+                break
+    finally:
+        engine.text_policy = None
+    return _speech(speaker, frames, heard, chosen, emotion, strength, seed)
+
+
+def reply(
+    speaker: Speaker,
+    question: np.ndarray,
+    *,
+    emotion: str | None = None,
+    voice: str | None = None,
+    strength: float = 1.0,
+    seed: int = 0,
+    tail_s: float = 3.0,
+    max_s: float = 30.0,
+) -> Speech:
+    """Let Moshi hear `question` and answer; the speech begins with the question, during which it may speak too.
+
+    It ends when Moshi has been quiet for `tail_s` after the question, or `max_s` after it.
+
+    Args:
+        speaker: with one slot.
+        question: `[S]`, float32, 24 kHz; see `read_question`.
+
+    Raises:
+        UserError: no voice knows the emotion, the strength is none, or one of the times is not above 0.
+    """
+    chosen = _choose(speaker, emotion, voice, strength)
+    for name, value in (("--tail-s", tail_s), ("--seconds", max_s)):
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name} is {value:g}.", "Give more than 0 seconds.")
+    num_question = samples_to_frames(len(question))
+    tail, most = seconds_to_frames(tail_s), seconds_to_frames(max_s)
+    frames: list[Frame] = []
+    num_quiet = 0
+    heard = _Heard(question, seed)
+    for frame in _converse(speaker, heard, chosen, emotion, strength, seed):
+        frames.append(frame)
+        if len(frames) <= num_question:
+            continue
+        is_quiet = frame.text_token in speaker.engine.padding_ids and _is_silent(frame)
+        num_quiet = num_quiet + 1 if is_quiet else 0
+        if num_quiet >= tail or len(frames) - num_question >= most:
+            break
+    return _speech(speaker, frames, heard, chosen, emotion, strength, seed, question_s=len(question) / SAMPLE_RATE)
+
+
+def read_question(path: str | Path) -> np.ndarray:
+    """Return a recording of any rate and number of channels as float32 `[S]` at 24 kHz.
+
+    Raises:
+        UserError: it cannot be read, or has no sound in it.
+    """
+    samples, sample_rate, _ = read_audio(Path(path))
+    return resample(samples.astype(np.float32, copy=False), sample_rate)
+
+
+def check_out(path: Path) -> None:
+    """Check before any work that a sound file can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"--out {path} names no kind of sound file that can be written.", f"End it in {', '.join(SUFFIXES)}."
+        )
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder.", "Name a file in it.")
+
+
+def write_audio(path: Path, speech: Speech, *, stereo: bool = False) -> None:
+    """Write the speech, beside and renamed; 16 bit, mono, or with `stereo` the user on the left and Moshi right."""
+    check_out(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = np.stack([speech.user, speech.audio], axis=1) if stereo else speech.audio
+    handle, beside = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        soundfile.write(beside, np.clip(samples, -1.0, 1.0), SAMPLE_RATE)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)
+        os.replace(beside, path)
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def words_in(
+    text_tokens: Sequence[int], tokenizer: sentencepiece.SentencePieceProcessor, padding_ids: Collection[int]
+) -> list[dict[str, Any]]:
+    """Return the words of a text stream with the time at which each begins, in seconds from its first frame."""
+    words: list[tuple[int, list[int]]] = []
+    for frame, token in enumerate(text_tokens):
+        if token in padding_ids:
+            continue
+        if not words or tokenizer.id_to_piece(token).startswith(WORD_START):
+            words.append((frame, []))
+        words[-1][1].append(token)
+    decoded = [(tokenizer.decode(tokens).strip(), frames_to_seconds(frame)) for frame, tokens in words]
+    return [{"word": word, "start_s": start_s} for word, start_s in decoded if word]
+
+
+def level_db(samples: np.ndarray) -> float:
+    """Return the level of samples, RMS relative to full scale."""
+    return float(10 * np.log10(np.mean(np.square(samples, dtype=np.float64)) + 1e-12))
+
+
+class _Heard:
+    """What the user says, a frame at a time and without end: the question over room tone, then room tone.
+
+    Attributes:
+        frames: all that have been heard, `[1920]` each.
+    """
+
+    def __init__(self, question: np.ndarray | None, seed: int):
+        self.frames: list[np.ndarray] = []
+        self._question = np.zeros(0, dtype=np.float32) if question is None else question
+        self._rng = np.random.default_rng(seed)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield self._quiet_frame()  # only starts the model, which does not hear it
+        while True:
+            frame = self._quiet_frame()
+            first = len(self.frames) * SAMPLES_PER_FRAME
+            spoken = self._question[first : first + SAMPLES_PER_FRAME]
+            frame[: len(spoken)] = spoken
+            self.frames.append(frame)
+            yield frame
+
+    def _quiet_frame(self) -> np.ndarray:
+        return room_tone(SAMPLES_PER_FRAME, self._rng, (ROOM_TONE_DB, ROOM_TONE_DB))
+
+
+def _choose(speaker: Speaker, emotion: str | None, voice: str | None, strength: float) -> Voice:
+    assert speaker.engine.num_slots == 1, f"a speaker with one slot is needed, not {speaker.engine.num_slots}"
+    chosen = speaker.choose(emotion, voice)
+    check_strength(strength)
+    if chosen.adapter is None and strength != 1.0:
+        raise UserError(
+            f"The strength is {strength:g}, but {chosen.name!r} has no adapter whose strength could be set.",
+            "Leave the strength out, or name an adapter that is not merged.",
+        )
+    return chosen
+
+
+def _converse(
+    speaker: Speaker, heard: _Heard, voice: Voice, emotion: str | None, strength: float, seed: int
+) -> Iterator[Frame]:
+    """Begin a conversation and yield what Moshi says, frame by frame, as long as it is asked for."""
+    speaker.engine.reset(0, seed=seed)
+    speaker.steer(0, voice, emotion, strength)
+    for frame in heard:
+        said = speaker.engine.step({0: frame})
+        if 0 in said:
+            yield said[0]
+
+
+def _is_silent(frame: Frame) -> bool:
+    return level_db(frame.audio) < SILENCE_DB
+
+
+def _speech(
+    speaker: Speaker,
+    frames: Sequence[Frame],
+    heard: _Heard,
+    voice: Voice,
+    emotion: str | None,
+    strength: float,
+    seed: int,
+    question_s: float = 0.0,
+) -> Speech:
+    tokens = [frame.text_token for frame in frames]
+    # The prefix is what Moshi was told, not what it said.
+    num_given = len(speaker.prefix(voice, emotion))
+    padding_id = speaker.engine.lm.text_padding_token_id
+    said = [padding_id] * num_given + tokens[num_given:]
+    words = words_in(said, speaker.tokenizer, speaker.engine.padding_ids)
+    return Speech(
+        audio=np.concatenate([frame.audio for frame in frames]),
+        user=np.concatenate(heard.frames[: len(frames)]),
+        text=" ".join(word["word"] for word in words),
+        words=words,
+        text_tokens=tokens,
+        voice=voice.name,
+        emotion=emotion if emotion in voice.emotions else None,
+        strength=strength,
+        seed=seed,
+        question_s=question_s,
+    )

@@ -1,0 +1,177 @@
+"""Models loaded into an engine, and their voices steered: with which adapter, emotion and strength Moshi speaks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sentencepiece
+import torch
+
+from hf_csm.errors import UserError
+from hf_csm.models.moshi import load_mimi, load_moshi, load_tokenizer
+from hf_csm.models.steering import add_adapters
+from hf_csm.models.streaming import Engine
+from hf_csm.serving.models import BASE, Models, Voice, find_models
+
+
+__all__ = [
+    "BASE",
+    "MAX_STRENGTH",
+    "Models",
+    "Speaker",
+    "Voice",
+    "check_strength",
+    "choose_device",
+    "find_models",
+    "load_models",
+    "load_speaker",
+]
+
+MAX_STRENGTH = 2.0
+"""Twice what was trained; beyond it Moshi falls apart."""
+SAMPLING_NAMES = {"temp": "temperature", "temp_text": "text_temperature", "top_k": "top_k", "top_k_text": "text_top_k"}
+"""moshi's names of the options of sampling, as in `lm_gen_config` of a config.json, and the engine's."""
+
+
+@dataclass
+class Speaker:
+    """Everything loaded: what a server or a command speaks with.
+
+    Attributes:
+        engine: generates; its adapters are numbered as in the voices.
+        tokenizer: of the text stream.
+        models: what was found before it was loaded.
+    """
+
+    engine: Engine
+    tokenizer: sentencepiece.SentencePieceProcessor
+    models: Models
+
+    @property
+    def voices(self) -> list[Voice]:
+        return list(self.models.voices)
+
+    @property
+    def base_name(self) -> str:
+        return self.models.base_name
+
+    @property
+    def emotions(self) -> list[str]:
+        return self.models.emotions
+
+    def choose(self, emotion: str | None, voice: str | None = None) -> Voice:
+        """See `Models.choose`."""
+        return self.models.choose(emotion, voice)
+
+    def prefix(self, voice: Voice, emotion: str | None) -> list[int]:
+        """Return the text tokens that tell `voice` the emotion; none if it is not told, or not this one."""
+        return voice.control.tokens(emotion, self.tokenizer) if emotion in voice.emotions else []
+
+    def steer(self, slot: int, voice: Voice, emotion: str | None, strength: float = 1.0) -> None:
+        """Speak in `slot` with this voice alone from the next step on, and queue the prefix of the emotion.
+
+        With `emotion` None nothing is queued, so this also changes the strength of a conversation that goes on.
+        """
+        for other in self.models.voices:
+            if other.adapter is not None:
+                self.engine.set_strength(slot, other.adapter, strength if other.name == voice.name else 0.0)
+        prefix = self.prefix(voice, emotion)
+        if prefix:
+            self.engine.force_text(slot, prefix)
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+
+def load_speaker(
+    names: Sequence[str],
+    *,
+    revision: str | None = None,
+    num_slots: int = 1,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    **sampling: Any,
+) -> Speaker:
+    """Find models by name and load them; see `find_models` and `load_models`."""
+    chosen = choose_device(device)
+    return load_models(find_models(names, revision), num_slots=num_slots, device=chosen, dtype=dtype, **sampling)
+
+
+def load_models(
+    models: Models,
+    *,
+    num_slots: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    **sampling: Any,
+) -> Speaker:
+    """Load the weights.
+
+    Args:
+        num_slots: conversations at once.
+        dtype: of the language model; by default bfloat16 on a GPU, float32 elsewhere.
+        sampling: options of `Engine`, in place of those of the model's config.json.
+
+    Raises:
+        UserError: weights are damaged, do not fit the base or the device.
+    """
+    device = torch.device(device)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    options = {
+        SAMPLING_NAMES.get(name, name): value
+        for name, value in models.base.lm_gen_config.items()
+        if name in SAMPLING_NAMES or name == "use_sampling"
+    }
+    ignored = models.base.lm_gen_config.keys() - SAMPLING_NAMES.keys() - {"use_sampling"}
+    if ignored:
+        warnings.warn(f"{models.base_name} asks for {', '.join(sorted(ignored))}: ignored.", stacklevel=2)
+    options |= {name: value for name, value in sampling.items() if value is not None}
+    tokenizer = load_tokenizer(models.base)
+    try:
+        lm = load_moshi(models.base, device=device, dtype=dtype).lm.eval()
+        mimi = load_mimi(models.base, device)
+        strengths = None
+        if models.adapters:
+            strengths = add_adapters(lm, models.adapters, num_slots=num_slots, base_name=models.base_name)
+        engine = Engine(lm, mimi, num_slots=num_slots, strengths=strengths, **options)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{models.base_name} does not fit in the memory of {device} with {num_slots} slots.",
+            "End what else uses it, load fewer adapters, or ask for fewer slots.",
+        ) from error
+    return Speaker(engine, tokenizer, models)
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device of this name; by default a GPU if there is one.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason}", "Give cpu, or cuda with a GPU.") from error
+    return device
+
+
+def check_strength(strength: float) -> float:
+    """Return `strength` if it is 0 to `MAX_STRENGTH`.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not 0.0 <= strength <= MAX_STRENGTH:
+        raise UserError(
+            f"The strength is {strength:g}.", f"Give 0 (the base) to {MAX_STRENGTH:g}; 1 is the adapter as trained."
+        )
+    return strength
