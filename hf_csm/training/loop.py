@@ -22,6 +22,7 @@ from hf_csm.config import RunConfig, dump_run_config
 from hf_csm.data.collate import Batch, collate
 from hf_csm.data.describe import describe_mixture
 from hf_csm.data.mixture import MixtureLoader, lay_out_row, validation_batches
+from hf_csm.data.terms import corpora_of, count_windows, with_earlier, write_corpora
 from hf_csm.data.windows import held_out_table, training_table
 from hf_csm.errors import UserError
 from hf_csm.models.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter
@@ -144,6 +145,8 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
     log = MetricsLog(run_dir / "metrics.jsonl", accelerator, None if resume_path is None else progress.step)
     if accelerator.is_main_process:
         (run_dir / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
+        corpora = count_windows(corpora_of(dataset), train_table)
+        write_corpora(with_earlier(corpora, resume_path.resolve().parent) if resume_path else corpora, run_dir)
     tables = {"train": train_table, "validation": validation_table}
     accelerator.print(describe_mixture(loader.cells, loader.probabilities, dataset, tables).render())
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))

@@ -228,6 +228,6 @@ def _export_manifest(options: argparse.Namespace) -> None:
 
 
 def _push_dataset(options: argparse.Namespace) -> None:
-    from hf_csm.export.hub import push_table
+    from hf_csm.export.push_table import push_table
 
     print(push_table(options.folder, options.repo_id, private=options.private))

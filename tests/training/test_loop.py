@@ -42,6 +42,7 @@ def straight(tmp_path_factory, module_run_options):
 def test_a_run_leaves_what_the_layout_promises(straight):
     assert {path.name for path in straight.iterdir()} == {
         "config.yaml",
+        "corpora.json",
         "metrics.jsonl",
         "logs",
         "checkpoint_000005",

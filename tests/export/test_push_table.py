@@ -12,7 +12,7 @@ from hf_csm.data.hub import find_table
 from hf_csm.data.schema import UTTERANCE_FEATURES, WINDOW_FEATURES
 from hf_csm.data.table import ShardWriter, SplitInfo, read_card_metadata, write_card
 from hf_csm.errors import UserError
-from hf_csm.export.hub import push_table, table_files
+from hf_csm.export.push_table import push_table, table_files
 from hf_csm.testing.hub import LocalHub
 
 
@@ -280,7 +280,7 @@ import json, os, sys
 from datasets import load_dataset
 from hf_csm.data.hub import find_table
 from hf_csm.data.table import read_card_metadata
-from hf_csm.export.hub import push_table
+from hf_csm.export.push_table import push_table
 
 table = sys.argv[1]
 push_table(table, "user/ravdess", private=True)
