@@ -1,0 +1,309 @@
+// The page: what its controls do, and what it says.
+
+import { missing, rms } from "./audio.js";
+import { Conversation, fetchInfo } from "./chat.js";
+import { ANSWER_S, Answer, Question, clock } from "./compare.js";
+
+const TOKEN_KEY = "hf-csm-token";
+const SILENT_S = 4;
+const NEW_LINE_S = 1.5;
+const CONNECTED = "Connected. Speak: Moshi listens and answers at any time.";
+
+const $ = (id) => document.getElementById(id);
+const question = new Question();
+const answers = ["A", "B"].map((name) => new Answer($(`answer-${name.toLowerCase()}`).parentElement, name, stopPlaying));
+let info = null;
+let live = null; // the conversation that runs
+let last = null; // the one that can be downloaded
+let isComparing = false;
+let pending = null; // what the server has yet to do of what was chosen
+let wakeLock = null;
+
+// ---- token: from the fragment, which browsers do not send, or the field; kept for this tab ----
+
+function takeToken() {
+  const token = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (!token) return;
+  sessionStorage.setItem(TOKEN_KEY, token);
+  history.replaceState(null, "", location.pathname);
+}
+
+const token = () => sessionStorage.getItem(TOKEN_KEY);
+
+$("access").onsubmit = (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN_KEY, $("token").value);
+  load();
+};
+
+// ---- what the page says ----
+
+function show(id, text) {
+  if ($(id).textContent !== text) $(id).textContent = text; // the same again would be read out again
+}
+
+const say = (text) => show("status", text);
+
+function complain(problem) {
+  $("problem").textContent = problem?.message ?? "";
+  if (problem?.wantsToken) {
+    $("access").hidden = false;
+    $("token").focus();
+  }
+}
+
+function addWords(words) {
+  const log = $("transcript");
+  const seconds = live.durationS;
+  let line = log.lastElementChild;
+  if (!line?.matches(".said") || seconds - line.until > NEW_LINE_S) {
+    line = addLine("said", "");
+    line.prepend(Object.assign(document.createElement("span"), { className: "when", textContent: clock(seconds) }));
+    words = words.trimStart();
+  }
+  line.until = seconds;
+  line.append(words);
+  log.scrollTop = log.scrollHeight;
+}
+
+function addLine(className, text) {
+  const line = document.createElement("p");
+  line.className = className;
+  line.textContent = text;
+  $("transcript").append(line);
+  return line;
+}
+
+// ---- choosing ----
+
+const chosen = (name) => document.querySelector(`input[name=${name}]:checked`)?.value || null;
+const voiceNamed = (name) => info.voices.find((voice) => voice.name === name);
+const knows = (voice, emotion) => !emotion || voice.emotions.includes(emotion);
+const inWords = ({ voice, emotion, strength }) =>
+  [voice, emotion === null ? "no emotion" : emotion, strength?.toFixed(2)].filter((part) => part != null).join(", ");
+
+function fillChoices(id, name, options) {
+  $(id).querySelector(".choices").replaceChildren(
+    ...options.map(([value, text], i) => {
+      const label = document.createElement("label");
+      const input = Object.assign(document.createElement("input"), { type: "radio", name, value, checked: i === 0 });
+      label.append(input, Object.assign(document.createElement("span"), { textContent: text }));
+      return label;
+    }),
+  );
+  $(id).disabled = false;
+}
+
+function choose(name, value) {
+  for (const input of document.getElementsByName(name)) input.checked = input.value === (value ?? "");
+  $("strength").disabled = chosen("voice") === "base"; // there is no adapter to weigh
+}
+
+// A voice speaks only the emotions it learnt: choosing another emotion finds a voice for it, and the other way round.
+function chooseEmotion() {
+  const emotion = chosen("emotion");
+  if (!knows(voiceNamed(chosen("voice")), emotion)) choose("voice", info.voices.find((voice) => knows(voice, emotion)).name);
+  steer({ voice: chosen("voice"), emotion });
+}
+
+function chooseVoice() {
+  if (!knows(voiceNamed(chosen("voice")), chosen("emotion"))) choose("emotion", null);
+  choose("voice", chosen("voice"));
+  steer({ voice: chosen("voice"), emotion: chosen("emotion") });
+}
+
+function steer(change) {
+  if (!live?.started) return;
+  if (!("strength" in change)) pending = { ...pending, ...change }; // strength does not wait
+  live.steer(change);
+  showSteering(null);
+}
+
+function showSteering(current) {
+  if (current) $("steering").dataset.now = `Now: ${inWords(current)}. `;
+  $("steering").textContent =
+    ($("steering").dataset.now ?? "") + (pending ? `At Moshi's next pause: ${inWords(pending)}.` : "");
+  $("now").hidden = !pending;
+}
+
+$("voices").onchange = chooseVoice;
+$("emotions").onchange = chooseEmotion;
+$("now").onclick = () => live?.steer({ ...pending, now: true });
+$("strength").oninput = () => {
+  $("strength-value").value = Number($("strength").value).toFixed(2);
+  clearTimeout($("strength").timer);
+  $("strength").timer = setTimeout(() => steer({ strength: Number($("strength").value) }), 100);
+};
+
+function onSteering(message) {
+  const before = $("steering").dataset.now;
+  pending = message.pending;
+  showSteering(message);
+  if ($("steering").dataset.now !== before) addLine("mark", inWords(message));
+}
+
+// ---- talking ----
+
+const query = (voice, emotion) => ({ voice, emotion, strength: $("strength").value });
+
+function talk() {
+  if (live) return live.end();
+  complain(null);
+  answers.forEach((answer) => answer.stop());
+  $("transcript").replaceChildren();
+  question.clear();
+  pending = null;
+  delete $("steering").dataset.now;
+  say("Connecting: your browser may ask for the microphone.");
+  let silentS = 0;
+  live = new Conversation({
+    query: query(chosen("voice"), chosen("emotion")),
+    token: token(),
+    onStart: () => {
+      say(CONNECTED);
+      onSteering({ voice: chosen("voice"), emotion: chosen("emotion"), strength: Number($("strength").value), pending: null });
+      keepAwake();
+    },
+    onWords: addWords,
+    onSteering,
+    onComplaint: (text) => complain({ message: text }),
+    onFrame: (frame) => {
+      const level = rms(frame.mic);
+      question.add(frame.pcm, level);
+      silentS = level > 1e-5 ? 0 : silentS + 0.08;
+      $("mic-level").value = Math.min(1, 5 * level);
+      $("moshi-level").value = Math.min(1, 5 * rms(frame.played));
+      show("time", clock(live.durationS));
+      if (frame.delayS !== null) show("delay", `${frame.delayS.toFixed(2)} s`);
+      if (frame.isStuck) say("The network is too slow: Moshi misses parts of what you say.");
+      else if (silentS > SILENT_S) say("Nothing comes from the microphone. Is it muted?");
+      else say(CONNECTED);
+      showState();
+    },
+    onEnd: (problem) => {
+      if (live.durationS) last = live;
+      say(live.started ? `Ended after ${clock(live.durationS)}.` : "Not connected.");
+      live = null;
+      pending = null;
+      complain(problem);
+      $("steering").textContent = "";
+      for (const id of ["mic-level", "moshi-level"]) $(id).value = 0;
+      wakeLock?.release();
+      showState();
+    },
+  });
+  live.open();
+  showState();
+}
+
+async function keepAwake() {
+  wakeLock = await navigator.wakeLock?.request("screen").catch(() => null);
+}
+
+// A phone that rang, or a tab that slept, leaves the sound suspended until the user comes back.
+for (const event of ["pointerdown", "keydown", "visibilitychange"])
+  document.addEventListener(event, () => live?.audio?.context.resume());
+
+function save(conversation, name) {
+  const url = URL.createObjectURL(conversation.wav());
+  const stamp = new Date().toISOString().slice(0, 16).replace(":", "-");
+  Object.assign(document.createElement("a"), { href: url, download: `${name}-${stamp}.wav` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+}
+
+// ---- the same question to two voices ----
+
+function stopPlaying(other) {
+  answers.filter((answer) => answer !== other).forEach((answer) => answer.stop());
+}
+
+function fillAnswer(answer, voice, emotion) {
+  const options = (values) => values.map((value) => new Option(value || "none", value));
+  answer.voice.replaceChildren(...options(info.voices.map(({ name }) => name)));
+  answer.voice.onchange = () => {
+    const before = answer.emotion.value;
+    answer.emotion.replaceChildren(...options(["", ...voiceNamed(answer.voice.value).emotions]));
+    answer.emotion.value = knows(voiceNamed(answer.voice.value), before) ? before : "";
+  };
+  answer.voice.value = voice;
+  answer.voice.onchange();
+  answer.emotion.value = emotion ?? "";
+}
+
+async function ask() {
+  if (isComparing) return answers.forEach((answer) => answer.cancel());
+  isComparing = true;
+  live?.end();
+  complain(null);
+  answers.forEach((answer) => answer.clear());
+  showState();
+  const seed = info.seeds ? Math.floor(Math.random() * 2 ** 31) : null;
+  try {
+    for (const [i, answer] of answers.entries()) {
+      say(`Asking ${"AB"[i]}.`);
+      const onFrame = () => ($("asking").value = (i + answer.conversation.durationS / (question.durationS + ANSWER_S)) / 2);
+      const steering = { ...query(answer.voice.value, answer.emotion.value || null), seed };
+      await answer.ask({ question, query: steering, token: token(), onFrame });
+    }
+    say("Both have answered. Play them below.");
+  } catch (problem) {
+    say("Not all was asked.");
+    complain(problem);
+  }
+  isComparing = false;
+  showState();
+}
+
+// ---- state ----
+
+function showState() {
+  $("talk").textContent = live ? "Stop" : "Start talking";
+  $("talk").classList.toggle("stop", Boolean(live));
+  $("talk").disabled = !info || isComparing;
+  $("download").disabled = !(live?.durationS || last);
+  $("ask").textContent = isComparing ? "Stop asking" : "Ask again";
+  $("ask").disabled = !info || !(isComparing || question.isAsked);
+  $("forget").disabled = isComparing || !question.frames.length;
+  $("asking").hidden = !isComparing;
+  show("question", question.isAsked ? `Your question has ${clock(question.durationS)}.` : "No question yet: talk first.");
+}
+
+async function load() {
+  complain(null);
+  const lacking = missing();
+  if (lacking) {
+    say("This browser cannot talk with Moshi.");
+    return complain({ message: lacking });
+  }
+  try {
+    info = await fetchInfo(token());
+  } catch (problem) {
+    say("Not connected.");
+    return complain(problem);
+  }
+  $("access").hidden = true;
+  $("model").textContent = [info.base_model, ...info.voices.map(({ name }) => name).filter((name) => name !== "base")].join(" · ");
+  fillChoices("voices", "voice", info.voices.map(({ name }) => [name, name === "base" ? "base (no adapter)" : name]));
+  fillChoices("emotions", "emotion", [["", "none"], ...info.emotions.map((emotion) => [emotion, emotion])]);
+  $("emotions").hidden = !info.emotions.length;
+  for (const [key, value] of Object.entries(info.strength)) $("strength")[{ default: "value" }[key] ?? key] = value;
+  choose("voice", info.voices[0].name);
+  const base = voiceNamed("base") ?? info.voices[0];
+  fillAnswer(answers[0], base.name, null);
+  fillAnswer(answers[1], info.voices[0].name, info.voices[0].emotions[0]);
+  $("seeds").textContent = info.seeds ? "Both get the same random seed." : "Chance differs, too: ask more than once.";
+  say(info.free_slots ? "Ready." : `Busy: all ${info.slots} conversations are taken right now.`);
+  showState();
+}
+
+$("talk").onclick = talk;
+$("ask").onclick = ask;
+$("forget").onclick = () => {
+  question.clear();
+  showState();
+};
+$("download").onclick = () => save(live ?? last, "conversation");
+answers.forEach((answer, i) => (answer.save.onclick = () => save(answer.conversation, `answer-${"ab"[i]}`)));
+window.addEventListener("hashchange", () => (takeToken(), load()));
+takeToken();
+load();
