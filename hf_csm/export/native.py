@@ -7,6 +7,7 @@ alone are written as zeros.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -22,7 +23,9 @@ from moshi.models.lm import LMModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_csm.data.terms import CORPORA_NAME
 from hf_csm.errors import UserError
+from hf_csm.export.emotions import read_emotion_control, write_emotion_control
 from hf_csm.models.lora import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -34,12 +37,21 @@ from hf_csm.models.lora import (
     read_adapter,
     save_adapter,
 )
-from hf_csm.models.moshi import DEFAULT_NAMES, MoshiCheckpoint, MoshiLM, find_checkpoint, load_moshi
+from hf_csm.models.moshi import MoshiCheckpoint, MoshiLM, find_checkpoint, load_moshi
+from hf_csm.models.pull import CONFIG_NAME, DEFAULT_NAMES, EMOTIONS_NAME, find_folder
 
 
 LORA_NAME = "lora.safetensors"
-CONFIG_NAME = "config.json"
-EXPORTED_NAMES = {LORA_NAME, CONFIG_NAME, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, "model.safetensors", "README.md"}
+EXPORTED_NAMES = {
+    LORA_NAME,
+    CONFIG_NAME,
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    EMOTIONS_NAME,
+    CORPORA_NAME,
+    "model.safetensors",
+    "README.md",
+}
 PEFT_PREFIX = "base_model.model."
 LORA_KEYS = ("lora", "lora_name", "lora_rank", "lora_scaling")
 
@@ -222,18 +234,22 @@ def compare_logits(loaded: LMModel, model: MoshiLM, name: str, dtype: torch.dtyp
 
 
 def export_checkpoint(
-    checkpoint_dir: Path,
+    checkpoint: str | Path,
     out: Path,
     *,
+    revision: str | None = None,
     merged: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Export a training checkpoint to a folder that serves, and load it back before returning it.
+    """Export a trained adapter to a folder that serves, and load it back before returning it.
 
     Args:
-        checkpoint_dir: `checkpoint_000500/`, whose `adapter/` holds the PEFT adapter and names the base model.
-        out: gets the PEFT adapter and moshi's files for it, or with `merged` the merged weights.
+        checkpoint: `checkpoint_000500/`, whose `adapter/` holds the PEFT adapter and names the base model, a folder
+            with such an adapter in it, or a Hub repository of one.
+        out: gets the PEFT adapter and moshi's files for it, or with `merged` the merged weights; also what emotions
+            it knows (`emotions.json`), and whose speech it learned from if that is known (`corpora.json`).
+        revision: of the Hub repository.
         dtype: in which the trained and the exported model are compared.
 
     Raises:
@@ -242,11 +258,9 @@ def export_checkpoint(
     """
     from hf_csm.export.merge import write_merged
 
-    adapter = Path(checkpoint_dir) / "adapter"
-    if not adapter.is_dir():
-        raise UserError(
-            f"{checkpoint_dir} has no folder adapter/.", "Give a checkpoint folder such as runs/x/checkpoint_000500."
-        )
+    folder = find_folder(checkpoint, revision, also=(ADAPTER_WEIGHTS_NAME, CORPORA_NAME))
+    adapter = find_adapter(folder, str(checkpoint))
+    control = read_emotion_control(folder)
     config, _ = read_adapter(adapter)
     base = find_checkpoint(config.base_model_name_or_path or "", config.revision)
     model = load_adapter(load_moshi(base, device=device, dtype=dtype), adapter)
@@ -257,7 +271,30 @@ def export_checkpoint(
             save_adapter(model, beside)
             _write_native(model, base, beside)
             verify_native(beside, model, base)
+        control = dataclasses.replace(control, base_model=base.name_or_path, base_revision=base.revision)
+        write_emotion_control(control, beside)
+        corpora = (folder if adapter == folder else folder.resolve().parent) / CORPORA_NAME
+        if corpora.is_file():  # runs of before did not write it
+            shutil.copyfile(corpora, beside / CORPORA_NAME)
     return out
+
+
+def find_adapter(folder: Path, name: str) -> Path:
+    """Return the folder with PEFT's files: of a training checkpoint its `adapter/`, else `folder` itself.
+
+    Args:
+        name: of the folder, as the user gave it.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    for found in (folder / "adapter", folder):
+        if (found / ADAPTER_CONFIG_NAME).is_file() or (found / ADAPTER_WEIGHTS_NAME).is_file():
+            return found
+    raise UserError(
+        f"{name} has no folder adapter/ and is no PEFT adapter itself.",
+        "Give a checkpoint folder such as runs/x/checkpoint_000500, or a Hub repository with an adapter.",
+    )
 
 
 @contextlib.contextmanager

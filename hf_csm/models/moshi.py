@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from safetensors import SafetensorError
 
+from hf_csm.data.hub import hub_errors
 from hf_csm.data.layout import Layout
 from hf_csm.errors import UserError
 from hf_csm.models.base import TokenNLL
+from hf_csm.models.pull import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    EMOTIONS_NAME,
+    fetch_file,
+    find_folder,
+    weight_names,
+)
 
 
-DEFAULT_NAMES = {
-    "moshi_name": loaders.MOSHI_NAME,
-    "mimi_name": loaders.MIMI_NAME,
-    "tokenizer_name": loaders.TEXT_TOKENIZER_NAME,
-}
-"""File names of a checkpoint whose config.json does not give them."""
+CONSOLIDATED_NAME = "consolidated"
+"""Folder of a training checkpoint with the files that moshi loads."""
 IGNORED_TARGET = -100
 
 
@@ -51,69 +54,86 @@ class MoshiCheckpoint(loaders.CheckpointInfo):
 def find_checkpoint(repo_or_folder: str, revision: str | None = None) -> MoshiCheckpoint:
     """Find the files of a checkpoint: on the Hub (downloaded if need be), or in a folder of the same layout.
 
-    Names in a folder's config.json mean files of that folder; `hf://user/repo/file` and `file:///path` mean what they
-    say. A Hub repository without config.json is taken for Moshi 7B.
+    Names in config.json mean files of its folder; `hf://user/repo/file` and `file:///path` mean what they say. A
+    repository that is named so is taken at the revision that the adapter was trained on, else at its main branch.
+    Of a training checkpoint, `consolidated/` is taken. A Hub repository without config.json is taken for Moshi 7B.
+
+    Args:
+        revision: of the Hub repository itself; says nothing of others that its config.json names.
 
     Raises:
-        UserError: a file is missing or unreadable, or the repository cannot be reached.
+        UserError: a file is missing or unreadable, or a repository cannot be reached.
     """
-    folder = Path(repo_or_folder).expanduser()
-    if folder.is_dir():
-        return _find_local_checkpoint(folder.resolve())
-    if folder.is_absolute() or repo_or_folder.startswith((".", "~")) or repo_or_folder.count("/") != 1:
+    folder = find_folder(repo_or_folder, revision)
+    if not Path(repo_or_folder).expanduser().is_dir():
+        return _find_files(folder, repo_or_folder, revision)
+    folder = folder.resolve()
+    if (folder / CONSOLIDATED_NAME).is_dir() and not (folder / CONFIG_NAME).is_file():
+        folder = folder / CONSOLIDATED_NAME
+    return _find_files(folder, str(folder), None)
+
+
+def _find_files(folder: Path, name_or_path: str, revision: str | None) -> MoshiCheckpoint:
+    """Find the files that the config.json of `folder` names.
+
+    Args:
+        folder: local, or the cached copy of the repository `name_or_path`.
+    """
+    is_local = Path(name_or_path).is_absolute()
+    has_config, has_adapter = ((folder / name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    if not has_config and has_adapter:
         raise UserError(
-            f"There is no folder {repo_or_folder}, and it is not the name of a Hub repository either.",
-            "Give a folder with Moshi's files, or a repository such as kyutai/moshiko-pytorch-bf16.",
+            f"{name_or_path} is a PEFT adapter without config.json and lora.safetensors, which moshi loads.",
+            f"Make them with `hf-csm export {name_or_path} --out DIR`, and name DIR.",
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Repository .* contains no config.json")
-            found = loaders.CheckpointInfo.from_hf_repo(repo_or_folder, revision=revision)
-    except GatedRepoError as error:
-        raise UserError(
-            f"The Hub repository {repo_or_folder} is gated.",
-            f"Accept its terms at https://huggingface.co/{repo_or_folder}, then `huggingface-cli login`.",
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{repo_or_folder} is not in the local cache and the Hub cannot be reached.",
-            "Connect to the network, or give the path of a folder with Moshi's files.",
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(
-            f"The Hub does not give {repo_or_folder}: {str(error).strip().splitlines()[-1]}",
-            "Check the name and the revision, and `huggingface-cli login` if it is private.",
-        ) from error
-    return MoshiCheckpoint(**vars(found), name_or_path=repo_or_folder, revision=revision)
-
-
-def _find_local_checkpoint(folder: Path) -> MoshiCheckpoint:
-    config = _read_json(folder / "config.json", folder)
-    names = DEFAULT_NAMES | {key: config[key] for key in (*DEFAULT_NAMES, "mimi_config_name") if config.get(key)}
-    paths = {key: _resolve(name, folder, key) for key, name in names.items()}
-    lora_name = config.get("lora_name")
+    config = _read_json(folder / CONFIG_NAME, name_or_path) if has_config or is_local else {}
+    revisions = _base_revisions(folder, name_or_path)
+    paths = {
+        key: _resolve(str(name), folder, key, name_or_path, revisions) for key, name in weight_names(config).items()
+    }
+    if not has_config:
+        files = paths["moshi_name"], paths["mimi_name"], paths["tokenizer_name"]
+        return MoshiCheckpoint(*files, name_or_path=name_or_path, revision=revision)
     if "mimi_config_name" in paths:
-        _read_json(paths["mimi_config_name"], folder)
+        _read_json(paths["mimi_config_name"], name_or_path)
     found = loaders.CheckpointInfo.from_hf_repo(
-        str(folder),
+        name_or_path,
         moshi_weights=paths["moshi_name"],
         mimi_weights=paths["mimi_name"],
         tokenizer=paths["tokenizer_name"],
-        config_path=folder / "config.json",
+        config_path=folder / CONFIG_NAME,
         mimi_config_path=paths.get("mimi_config_name"),
-        lora_weights=_resolve(lora_name, folder, "lora_name") if lora_name else None,
+        lora_weights=paths.get("lora_name"),
     )
-    return MoshiCheckpoint(**vars(found), name_or_path=str(folder))
+    return MoshiCheckpoint(**vars(found), name_or_path=name_or_path, revision=revision)
 
 
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+def _base_revisions(folder: Path, name_or_path: str) -> dict[str, str]:
+    """Return the revision of the base model's repository, by its name, if an adapter or merge records one."""
+    for path, name_key, revision_key in (
+        (folder / ADAPTER_CONFIG_NAME, "base_model_name_or_path", "revision"),
+        (folder.parent / "adapter" / ADAPTER_CONFIG_NAME, "base_model_name_or_path", "revision"),
+        (folder / EMOTIONS_NAME, "base_model", "base_revision"),
+    ):
+        is_beside = path.parent != folder
+        if path.is_file() and (not is_beside or folder.name == CONSOLIDATED_NAME):
+            record = _read_json(path, name_or_path)
+            if record.get(name_key) and record.get(revision_key):
+                return {str(record[name_key]): str(record[revision_key])}
+    return {}
+
+
+def _read_json(path: Path, name_or_path: str) -> dict[str, Any]:
     if not path.is_file():
+        runs = sorted(path.parent.glob("checkpoint_*/consolidated"))
         raise UserError(
-            f"{folder} has no {path.name}.",
-            "A base folder holds config.json, the weights of Moshi and Mimi and the tokenizer, as on the Hub.",
+            f"{name_or_path} has no {path.name}.",
+            f"It is the folder of a run: name one of its checkpoints, such as {runs[-1].parent}."
+            if runs
+            else "A base folder holds config.json, the weights of Moshi and Mimi and the tokenizer, as on the Hub.",
         )
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is not JSON: {error}", "Copy it again from where the checkpoint came from."
@@ -123,18 +143,20 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     return value
 
 
-def _resolve(name: str, folder: Path, key: str) -> Path:
+def _resolve(name: str, folder: Path, key: str, name_or_path: str, revisions: dict[str, str]) -> Path:
     """Return the file that `name` means in the config.json of `folder`, downloaded if it is on the Hub."""
-    try:
-        path = loaders.hf_get(name) if "://" in name else folder / name
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"{folder}/config.json names {name} ({key}), which cannot be had from the Hub.",
-            "Check the name, the network and `huggingface-cli login`.",
-        ) from error
+    if name.startswith("hf://"):
+        repo_id, filename = "/".join(name[5:].split("/")[:2]), "/".join(name[5:].split("/")[2:])
+        problem = f"{name_or_path}/config.json names {name} ({key}), which cannot be had: "
+        with hub_errors(problem):
+            fetched = fetch_file(repo_id, filename, revisions.get(repo_id))
+        if fetched is None:
+            raise UserError(f"{problem}the Hub repository has no such file.", "Correct the name in config.json.")
+        return fetched
+    path = Path(name.removeprefix("file://")) if name.startswith("file://") else folder / name
     if not path.is_file():
         raise UserError(
-            f"{path} is missing; {folder}/config.json names it as {key}.",
+            f"{path} is missing; {name_or_path}/config.json names it as {key}.",
             "Copy the file there, or correct the name in config.json.",
         )
     return path

@@ -4,6 +4,7 @@ import shutil
 import peft
 import pytest
 import torch
+from huggingface_hub import HfApi
 from moshi.models import loaders
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from hf_csm.export.native import (
 )
 from hf_csm.models.lora import adapter_parameters, add_lora, linear_paths, load_adapter, save_adapter
 from hf_csm.models.moshi import find_checkpoint, load_moshi
+from hf_csm.testing.hub import LocalHub
 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -81,13 +83,15 @@ def test_the_config_serves_from_anywhere(exported, tiny_moshi):
     assert found.get_text_tokenizer().vocab_size() == 512
 
 
-def test_a_base_on_the_hub_is_named_by_its_repository(tiny_moshi, monkeypatch):
-    monkeypatch.setattr("moshi.models.loaders.hf_hub_download", lambda repo, name, revision=None: tiny_moshi / name)
-    config = serving_config(find_checkpoint("someone/tiny"))
-    assert config["moshi_name"] == "hf://someone/tiny/model.safetensors"
-    assert config["mimi_name"] == "hf://someone/tiny/mimi.safetensors"
-    assert config["mimi_config_name"] == "hf://someone/tiny/mimi.json"
-    assert config["tokenizer_name"] == "hf://someone/tiny/tokenizer.model"
+def test_a_base_on_the_hub_is_named_by_its_repository(tiny_moshi, tmp_path):
+    with LocalHub(tmp_path / "hub") as hub, hub.connected(tmp_path / "home"):
+        HfApi().create_repo("user/tiny")
+        HfApi().upload_folder(folder_path=tiny_moshi, repo_id="user/tiny")
+        config = serving_config(find_checkpoint("user/tiny"))
+    assert config["moshi_name"] == "hf://user/tiny/model.safetensors"
+    assert config["mimi_name"] == "hf://user/tiny/mimi.safetensors"
+    assert config["mimi_config_name"] == "hf://user/tiny/mimi.json"
+    assert config["tokenizer_name"] == "hf://user/tiny/tokenizer.model"
     assert config["dim"] == 64
 
 
@@ -191,6 +195,7 @@ def test_a_training_checkpoint_becomes_a_folder_for_peft_and_for_moshi(checkpoin
         "adapter_config.json",
         "adapter_model.safetensors",
         "config.json",
+        "emotions.json",
         "lora.safetensors",
     ]
     assert verify_native(out, model, base) < 1e-4

@@ -3,11 +3,15 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import reset_sessions
+from moshi.models import loaders
 
 from hf_csm.errors import UserError
 from hf_csm.models.base import TokenNLL
 from hf_csm.models.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_mimi, load_moshi, load_tokenizer, masked_nll
+from hf_csm.testing.hub import LocalHub
 
 
 @pytest.fixture(scope="module")
@@ -239,15 +243,142 @@ def test_a_repository_that_cannot_be_reached_is_refused_with_a_remedy():
         find_checkpoint("nobody/nothing")
 
 
-def test_a_hub_repository_remembers_its_name_and_revision(tiny_moshi, monkeypatch):
-    asked = []
+@pytest.fixture(scope="module")
+def hub(tiny_moshi, tmp_path_factory):
+    """A Hub with a base, whose main branch has gone on to other weights, and an adapter that was trained on `v1`."""
+    with LocalHub(tmp_path_factory.mktemp("hub")) as running, running.connected(tmp_path_factory.mktemp("home")):
+        api, folder = HfApi(), tmp_path_factory.mktemp("adapter")
+        for name in ("base", "adapter", "merged", "peft", "nowhere"):
+            api.create_repo(f"user/{name}")
+        api.upload_folder(folder_path=tiny_moshi, repo_id="user/base")
+        api.create_tag("user/base", tag="v1")
+        api.upload_file(path_or_fileobj=b"other", path_in_repo="model.safetensors", repo_id="user/base")
+        base = json.loads((tiny_moshi / "config.json").read_text())
+        names = {key: f"hf://user/base/{name}" for key, name in base.items() if key.endswith("_name")}
+        lora = {"lora": True, "lora_name": "lora.safetensors", "lora_rank": 4, "lora_scaling": 1.0}
+        pinned = {"base_model_name_or_path": "user/base", "revision": "v1", "peft_type": "LORA"}
+        emotions = {"control": "none", "emotions": [], "base_model": "user/base", "base_revision": "v1"}
+        for name, files in (
+            ("adapter", {"config.json": base | names | lora, "adapter_config.json": pinned}),
+            ("merged", {"config.json": base | names | {"moshi_name": "model.safetensors"}, "emotions.json": emotions}),
+            ("peft", {"adapter_config.json": pinned}),
+            ("nowhere", {"config.json": base | names | {"mimi_name": "hf://user/base/mimi.bin"}}),
+        ):
+            for path, content in files.items():
+                (folder / path).write_text(json.dumps(content))
+            for path in {"adapter": ["lora.safetensors"], "merged": ["model.safetensors"]}.get(name, []):
+                (folder / path).write_text(name)
+            if name == "peft":
+                (folder / "adapter_model.safetensors").write_text("-")
+            api.upload_folder(folder_path=folder, repo_id=f"user/{name}")
+            for path in folder.iterdir():
+                path.unlink()
+        api.create_branch("user/adapter", branch="better")
+    return running
 
-    def download(repo, filename, revision=None):
-        asked.append((repo, filename, revision))
-        return str(tiny_moshi / filename)
 
-    monkeypatch.setattr("moshi.models.loaders.hf_hub_download", download)
-    checkpoint = find_checkpoint("someone/tiny-moshi", revision="v1")
-    assert (checkpoint.name_or_path, checkpoint.revision, checkpoint.is_local) == ("someone/tiny-moshi", "v1", False)
-    assert {(repo, revision) for repo, _, revision in asked} == {("someone/tiny-moshi", "v1")}
-    assert load_moshi(checkpoint).lm.name_or_path == "someone/tiny-moshi"
+@pytest.fixture
+def connected(hub, tmp_path):
+    with LocalHub(hub.folder) as running, running.connected(tmp_path / "home"):
+        yield running
+
+
+def test_a_hub_repository_remembers_its_name_and_revision(connected, tiny_moshi):
+    checkpoint = find_checkpoint("user/base", revision="v1")
+    assert (checkpoint.name_or_path, checkpoint.revision, checkpoint.is_local) == ("user/base", "v1", False)
+    assert checkpoint.moshi_weights.read_bytes() == (tiny_moshi / "model.safetensors").read_bytes()
+    lm = load_moshi(checkpoint).lm
+    assert (lm.name_or_path, lm.revision) == ("user/base", "v1")
+    assert find_checkpoint("user/base").moshi_weights.read_text() == "other"
+
+
+@pytest.mark.parametrize("revision", [None, "better"])
+def test_the_revision_of_an_adapter_is_not_that_of_its_base(connected, tiny_moshi, revision):
+    checkpoint = find_checkpoint("user/adapter", revision)
+    assert (checkpoint.name_or_path, checkpoint.revision) == ("user/adapter", revision)
+    assert checkpoint.lora_weights.read_text() == "adapter"
+    assert checkpoint.lm_config["lora_rank"] == 4
+    # The base is the one that the adapter was trained on.
+    assert checkpoint.moshi_weights.read_bytes() == (tiny_moshi / "model.safetensors").read_bytes()
+    assert codec_sha256(checkpoint) == codec_sha256(find_checkpoint(str(tiny_moshi)))
+
+
+def test_a_merged_repository_has_its_own_weights_and_the_codec_of_its_base(connected, tiny_moshi):
+    checkpoint = find_checkpoint("user/merged")
+    assert checkpoint.moshi_weights.read_text() == "merged"
+    assert checkpoint.lora_weights is None
+    assert checkpoint.mimi_weights == find_checkpoint("user/base", "v1").mimi_weights
+
+
+def test_what_is_in_the_cache_needs_no_network(connected, monkeypatch):
+    found = find_checkpoint("user/adapter")
+    connected.fail_after(0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    reset_sessions()
+    assert find_checkpoint("user/adapter") == found
+    with pytest.raises(UserError, match="user/merged"):
+        find_checkpoint("user/merged")
+    found.mimi_weights.unlink()
+    with pytest.raises(UserError, match=r"hf://user/base/mimi.safetensors .*HF_HUB_OFFLINE"):
+        find_checkpoint("user/adapter")
+
+
+def test_the_first_repositories_have_no_config_and_are_moshi_7b(connected):
+    api = HfApi()
+    api.create_repo("user/legacy")
+    for name in (loaders.MOSHI_NAME, loaders.MIMI_NAME, loaders.TEXT_TOKENIZER_NAME):
+        api.upload_file(path_or_fileobj=name.encode(), path_in_repo=name, repo_id="user/legacy")
+    checkpoint = find_checkpoint("user/legacy")
+    assert checkpoint.moshi_weights.read_text() == loaders.MOSHI_NAME
+    assert (checkpoint.lm_config, checkpoint.raw_config, checkpoint.mimi_config) == (None, None, None)
+    assert (checkpoint.model_type, checkpoint.name_or_path) == ("moshi", "user/legacy")
+
+
+def test_an_adapter_without_moshis_files_is_refused_with_the_way_to_them(connected):
+    with pytest.raises(UserError, match="PEFT adapter without config.json") as error:
+        find_checkpoint("user/peft")
+    assert "hf-csm export user/peft" in error.value.remedy
+
+
+def test_a_file_that_another_repository_lacks_is_named(connected):
+    with pytest.raises(UserError, match=r"user/nowhere/config.json names hf://user/base/mimi.bin \(mimi_name\)"):
+        find_checkpoint("user/nowhere")
+
+
+@pytest.fixture
+def training_checkpoint(tiny_moshi, tmp_path):
+    """`run/checkpoint_000500` with what moshi loads, which names files of the tiny base, and a PEFT config."""
+    folder = tmp_path / "run" / "checkpoint_000500"
+    shutil.copytree(tiny_moshi, folder / "consolidated")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def test_of_a_training_checkpoint_moshis_files_are_taken(training_checkpoint):
+    (training_checkpoint.parent / "best").symlink_to(training_checkpoint.name)
+    for folder in (training_checkpoint, training_checkpoint.parent / "best"):
+        found = find_checkpoint(str(folder))
+        assert found.moshi_weights == training_checkpoint / "consolidated" / "model.safetensors"
+
+
+def test_a_training_checkpoint_remembers_the_revision_of_its_base(connected, training_checkpoint, tiny_moshi):
+    config_path = training_checkpoint / "consolidated" / "config.json"
+    config = json.loads(config_path.read_text()) | {"moshi_name": "hf://user/base/model.safetensors"}
+    config_path.write_text(json.dumps(config))
+    assert find_checkpoint(str(training_checkpoint)).moshi_weights.read_text() == "other"
+    pinned = {"base_model_name_or_path": "user/base", "revision": "v1"}
+    (training_checkpoint / "adapter" / "adapter_config.json").write_text(json.dumps(pinned))
+    weights = find_checkpoint(str(training_checkpoint)).moshi_weights
+    assert weights.read_bytes() == (tiny_moshi / "model.safetensors").read_bytes()
+
+
+def test_the_folder_of_a_run_is_refused_with_a_checkpoint_of_it(training_checkpoint):
+    with pytest.raises(UserError, match="run has no config.json") as error:
+        find_checkpoint(str(training_checkpoint.parent))
+    assert "checkpoint_000500" in error.value.remedy
+
+
+def test_a_local_folder_has_no_revision(tiny_moshi):
+    with pytest.raises(UserError, match="no revision 'v1'"):
+        find_checkpoint(str(tiny_moshi), "v1")
