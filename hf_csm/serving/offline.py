@@ -279,15 +279,21 @@ def words_in(
     text_tokens: Sequence[int], tokenizer: sentencepiece.SentencePieceProcessor, padding_ids: Collection[int]
 ) -> list[dict[str, Any]]:
     """Return the words of a text stream with the time at which each begins, in seconds from its first frame."""
-    words: list[tuple[int, list[int]]] = []
+    parts: list[tuple[int, list[int]]] = []
     for frame, token in enumerate(text_tokens):
         if token in padding_ids:
             continue
-        if not words or tokenizer.id_to_piece(token).startswith(WORD_START):
-            words.append((frame, []))
-        words[-1][1].append(token)
-    decoded = [(tokenizer.decode(tokens).strip(), frames_to_seconds(frame)) for frame, tokens in words]
-    return [{"word": word, "start_s": start_s} for word, start_s in decoded if word]
+        if not parts or tokenizer.id_to_piece(token).startswith(WORD_START):
+            parts.append((frame, []))
+        parts[-1][1].append(token)
+    words: list[dict[str, Any]] = []
+    for frame, tokens in parts:
+        word = tokenizer.decode(tokens).strip()
+        if words and word and not any(character.isalnum() for character in word):
+            words[-1]["word"] += f" {word}"  # a mark that stands alone, as in `split_words`
+        elif word:
+            words.append({"word": word, "start_s": frames_to_seconds(frame)})
+    return words
 
 
 def level_db(samples: np.ndarray) -> float:

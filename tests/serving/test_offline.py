@@ -1,0 +1,325 @@
+import itertools
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hf_csm.data.layout import Layout, text_stream
+from hf_csm.errors import UserError
+from hf_csm.serving import offline
+from hf_csm.serving.offline import (
+    Script,
+    Speech,
+    check_out,
+    level_db,
+    read_question,
+    reply,
+    say,
+    words_in,
+    write_audio,
+)
+from hf_csm.serving.voices import BASE, load_speaker
+from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
+
+
+PAD, END_OF_PAD, START, MIDDLE = 3, 0, 10, 11
+WORDS = [[20], [21, 22], [23, 24, 25], [26]]
+
+
+def script(num_given=0, max_padding=4, words=WORDS):
+    return Script(
+        words,
+        num_given=num_given,
+        word_starts=[START],
+        padding_id=PAD,
+        end_of_padding_id=END_OF_PAD,
+        max_padding=max_padding,
+    )
+
+
+def stream(policy, sampled):
+    return [policy.follow(token) for token in sampled]
+
+
+def test_moshi_says_when_and_the_script_says_what():
+    policy = script(words=[[20], [21, 22], [23]])
+    sampled = [PAD, PAD, START, PAD, START, PAD, PAD, END_OF_PAD, PAD, PAD, START, END_OF_PAD]
+    # The end of padding goes before a word, unless the word before it has only just ended.
+    expected = [PAD, PAD, END_OF_PAD, 20, 21, 22, PAD, END_OF_PAD, 23, PAD, PAD, PAD]
+    assert stream(policy, sampled) == expected
+    assert policy.word_frames == [3, 4, 8]
+    assert policy.last_frame == 8
+
+
+def test_what_goes_on_with_a_word_begins_none():
+    assert stream(script(), [PAD, MIDDLE, MIDDLE, START, PAD]) == [PAD, PAD, PAD, END_OF_PAD, 20]
+
+
+def test_pauses_are_capped_so_that_every_text_ends():
+    policy = script(max_padding=2)
+    said = stream(policy, [PAD] * 40)
+    assert said[:9] == [PAD, PAD, END_OF_PAD, 20, PAD, PAD, END_OF_PAD, 21, 22]
+    assert policy.last_frame is not None
+    assert set(said[policy.last_frame + 1 :]) == {PAD}
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("num_given", [0, 2])
+def test_the_text_is_laid_out_as_in_training(seed, num_given):
+    """Whatever Moshi samples, the stream is what training makes of the words at the times at which they began."""
+    rng = np.random.default_rng(seed)
+    sampled = rng.choice([PAD, END_OF_PAD, START, MIDDLE], size=60, p=[0.6, 0.15, 0.15, 0.1]).tolist()
+    policy = script(num_given, words=WORDS)
+    said = stream(policy, sampled)
+    assert said[:num_given] == sampled[:num_given]
+    words = [{"word": str(number), "start_s": frame / 12.5 + 0.01} for number, frame in enumerate(policy.word_frames)]
+    layout = Layout((0,), 0, 0, PAD, END_OF_PAD, 100, 100)
+    laid_out = text_stream(words, len(said), lambda word: WORDS[int(word)], layout)
+    assert said[num_given:] == laid_out[num_given:].tolist()
+    tokens = [token for token in said[num_given:] if token not in (PAD, END_OF_PAD)]
+    assert tokens == list(itertools.chain(*WORDS))
+
+
+@pytest.fixture(scope="module")
+def speaker(expressive, calm):
+    torch.set_num_threads(1)
+    speaker = load_speaker([str(expressive), str(calm)], device="cpu")
+    yield speaker
+    speaker.close()
+
+
+@pytest.fixture(autouse=True)
+def short_ends(monkeypatch):
+    """The tiny Moshi never falls silent: do not wait for it as long."""
+    monkeypatch.setattr(offline, "MAX_FADING_S", 0.24)
+
+
+TEXT = "Hello,  doctor's -- appointment"
+
+
+def test_every_word_of_a_text_is_said_once_and_in_order(speaker):
+    said = say(speaker, TEXT, emotion="happy", seed=3)
+    words = ["Hello,", "doctor's --", "appointment"]
+    assert said.text == " ".join(words)
+    assert [word["word"] for word in said.words] == words
+    prefix = speaker.tokenizer.encode("(happy)")
+    assert said.text_tokens[: len(prefix)] == prefix
+    spoken = [token for token in said.text_tokens[len(prefix) :] if token not in speaker.engine.padding_ids]
+    assert spoken == list(itertools.chain(*map(speaker.tokenizer.encode, words)))
+    for word in said.words:
+        tokens = speaker.tokenizer.encode(word["word"])
+        first = round(word["start_s"] * 12.5)
+        assert said.text_tokens[first : first + len(tokens)] == tokens
+    assert len(said.audio) == len(said.user) == len(said.text_tokens) * SAMPLES_PER_FRAME
+    assert said.text_tokens[-3:] == [3, 3, 3]
+    assert said.text_tokens[-4] != 3
+    assert -70 < level_db(said.user) < -50
+    assert speaker.engine.text_policy is None
+    assert (said.voice, said.emotion, said.seed) == ("expressive", "happy", 3)
+
+
+def test_the_seed_decides(speaker):
+    first, same, other = (say(speaker, "hello", emotion="calm", seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first.audio, same.audio)
+    assert first.describe() == same.describe()
+    assert first.text_tokens[0] in speaker.engine.padding_ids  # calm is not told by a prefix
+    assert not np.array_equal(first.audio[:SAMPLES_PER_FRAME], other.audio[:SAMPLES_PER_FRAME])
+
+
+def test_strength_0_says_what_the_base_says(speaker):
+    none, base, whole = (
+        say(speaker, "hello", voice=voice, strength=strength)
+        for voice, strength in (("calm", 0.0), (BASE, 1.0), ("calm", 1.0))
+    )
+    assert np.array_equal(none.audio, base.audio)
+    assert none.text_tokens == base.text_tokens
+    assert not np.array_equal(whole.audio[: len(base.audio)], base.audio[: len(whole.audio)])
+
+
+class FakeEngine:
+    """An engine that says what it is told: `(text token, amplitude)` of each frame, the last one for ever."""
+
+    def __init__(self, script, lm):
+        self.script, self.lm = script, lm
+        self.num_slots, self.padding_ids, self.text_policy = 1, frozenset({0, 3}), None
+        self.heard, self.forced = [], []
+
+    def reset(self, slot, *, seed=None):
+        self.heard.clear()
+
+    def set_strength(self, slot, adapter, strength):
+        pass
+
+    def force_text(self, slot, tokens):
+        self.forced = list(tokens)
+
+    def step(self, frames):
+        self.heard.append(frames[0])
+        number = len(self.heard) - 2  # the first step gives nothing
+        if number < 0:
+            return {}
+        token, amplitude = self.script[min(number, len(self.script) - 1)]
+        if self.text_policy is not None:
+            tokens = torch.tensor([token])
+            self.text_policy(tokens)
+            token = int(tokens[0])
+        wave = amplitude * np.where(np.arange(SAMPLES_PER_FRAME) % 2, 1.0, -1.0)
+        return {0: offline.Frame(token, wave.astype(np.float32), np.zeros(8, dtype=np.int64))}
+
+
+@pytest.fixture
+def acting(speaker, monkeypatch):
+    """Make the speaker say a script; returns the engine."""
+
+    def act(script):
+        monkeypatch.setattr(speaker, "engine", FakeEngine(script, speaker.engine.lm))
+        return speaker.engine
+
+    return act
+
+
+QUIET, LOUD = 0.001, 0.3
+
+
+def test_a_text_ends_when_its_last_word_has_faded(speaker, acting, monkeypatch):
+    monkeypatch.setattr(offline, "MAX_FADING_S", 4.0)
+    (word,) = speaker.tokenizer.encode("hello")[:1]
+    acting([(word, LOUD)] * 20 + [(3, QUIET)] * 5 + [(3, LOUD)] * 2 + [(3, QUIET)])
+    said = say(speaker, "hello", voice="calm")
+    assert len(said.text_tokens) == 20 + 5 + 2 + 10
+    acting([(word, LOUD)])
+    last = say(speaker, "hello", voice="calm").words[-1]["start_s"] * 12.5 + len(speaker.tokenizer.encode("hello"))
+    assert len(say(speaker, "hello", voice="calm").text_tokens) == last + 50
+
+
+def question(num_frames=4, amplitude=0.2):
+    return np.full(num_frames * SAMPLES_PER_FRAME - 100, amplitude, dtype=np.float32)
+
+
+def test_a_reply_ends_when_moshi_has_been_quiet(speaker, acting):
+    (word,) = speaker.tokenizer.encode("yes")[:1]
+    quiet, talking, thinking = (3, QUIET), (word, LOUD), (0, LOUD)
+    engine = acting([quiet] * 6 + [talking] * 2 + [thinking] * 3 + [quiet] * 4 + [(word, QUIET)] + [quiet])
+    said = reply(speaker, question(), voice="calm", tail_s=0.4)
+    assert len(said.text_tokens) == 6 + 2 + 3 + 4 + 1 + 5
+    assert said.question_s == pytest.approx(0.32, abs=0.01)
+    # The model hears the question from its first frame on, then room tone.
+    heard = np.concatenate(engine.heard[1:])
+    assert np.array_equal(heard[: len(question())], question())
+    assert -70 < level_db(heard[len(question()) :]) < -50
+    assert np.array_equal(said.user, heard[: len(said.user)])
+    assert level_db(engine.heard[0]) < -50
+
+
+def test_quiet_before_the_question_ends_does_not_end_the_reply(speaker, acting):
+    acting([(3, QUIET)])
+    said = reply(speaker, question(20), voice="calm", tail_s=0.4)
+    assert len(said.text_tokens) == 20 + 5
+    assert said.is_silent
+    assert said.text == ""
+
+
+def test_a_reply_has_a_longest_duration(speaker, acting):
+    acting([(3, LOUD)])
+    assert len(reply(speaker, question(), voice="calm", max_s=0.8).text_tokens) == 4 + 10
+
+
+def test_a_reply_is_repeatable_and_answers_what_it_heard(speaker):
+    first, same = (reply(speaker, question(), emotion="sad", max_s=0.4, seed=5) for _ in range(2))
+    other = reply(speaker, question(amplitude=-0.1), emotion="sad", max_s=0.4, seed=5)
+    assert np.array_equal(first.audio, same.audio)
+    assert not np.array_equal(first.audio, other.audio)
+    assert first.text_tokens[:3] == speaker.tokenizer.encode("(sad)")[:3]
+    assert "(" not in first.text  # what Moshi was told is not what it said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"text": "  "}, "is empty"),
+        ({"text": " ?! "}, "is empty"),
+        ({"text": "hello", "emotion": "hapy"}, "nearest is 'happy'"),
+        ({"text": "hello", "strength": 3.0}, "strength is 3"),
+        ({"text": "hello", "voice": BASE, "strength": 0.5}, "'base' has no adapter"),
+    ],
+)
+def test_what_cannot_be_said_is_refused(speaker, arguments, problem):
+    with pytest.raises(UserError, match=problem.replace("?", ".")):
+        say(speaker, **arguments)
+
+
+@pytest.mark.parametrize(
+    "times", [{"tail_s": 0.0}, {"max_s": -1.0}, {"max_s": float("inf")}, {"tail_s": float("nan")}]
+)
+def test_a_reply_needs_times(speaker, times):
+    with pytest.raises(UserError, match="more than 0 seconds"):
+        reply(speaker, question(), **times)
+
+
+def test_words_are_read_from_a_stream(speaker):
+    tokenizer = speaker.tokenizer
+    one, two = tokenizer.encode("hello"), tokenizer.encode("doctor's")
+    tokens = [3, 0, *one, 3, 3, two[0], 3, *two[1:], 2, 3]
+    first, second = words_in(tokens, tokenizer, {0, 3})
+    assert first == {"word": "hello", "start_s": 0.16}
+    assert second == {"word": "doctor's", "start_s": (2 + len(one) + 2) / 12.5}
+    assert words_in([3, 3, 2], tokenizer, {0, 3}) == []
+
+
+def speech(num_frames=2):
+    audio = np.linspace(-1.5, 0.5, num_frames * SAMPLES_PER_FRAME, dtype=np.float32)
+    return Speech(audio, audio[::-1] / 4, "hi", [], [3] * num_frames, "calm", None, 1.0, 0)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "new/a.flac"])
+def test_sound_is_written_as_mono_or_with_the_user_on_the_left(tmp_path, name):
+    out = tmp_path / name
+    write_audio(out, speech())
+    mono, sample_rate = soundfile.read(out)
+    assert sample_rate == SAMPLE_RATE
+    assert np.abs(mono - np.clip(speech().audio, -1, 1)).max() < 1e-4
+    write_audio(out, speech(), stereo=True)
+    both, _ = soundfile.read(out)
+    assert np.abs(both[:, 0] - speech().user).max() < 1e-4
+    assert np.abs(both[:, 1] - mono).max() < 1e-4
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert out.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    out = tmp_path / "a.wav"
+    out.write_bytes(b"before")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(soundfile, "write", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_audio(out, speech())
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.mp4", "folder.wav"])
+def test_names_that_are_no_sound_file_are_refused(tmp_path, name):
+    (tmp_path / "folder.wav").mkdir()
+    with pytest.raises(UserError, match="--out"):
+        check_out(tmp_path / name)
+
+
+@pytest.mark.parametrize(("sample_rate", "channels"), [(24_000, 1), (8_000, 2), (44_100, 6)])
+def test_questions_have_any_rate_and_channels(tmp_path, sample_rate, channels):
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(sample_rate) / sample_rate)
+    soundfile.write(tmp_path / "q.wav", np.repeat(tone[:, None], channels, axis=1), sample_rate)
+    heard = read_question(tmp_path / "q.wav")
+    assert heard.dtype == np.float32
+    assert len(heard) == SAMPLE_RATE
+    inside = slice(1000, -1000)
+    expected = 0.3 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
+    assert np.abs(heard[inside] - expected[inside]).max() < 0.01
+
+
+def test_a_question_that_is_no_sound_is_refused(tmp_path):
+    (tmp_path / "q.wav").write_text("hello")
+    with pytest.raises(UserError, match="not a sound file"):
+        read_question(tmp_path / "q.wav")
