@@ -143,9 +143,7 @@ def reply(
         UserError: no voice knows the emotion, the strength is none, or one of the times is not above 0.
     """
     chosen = _choose(speaker, emotion, voice, strength)
-    for name, value in (("--tail-s", tail_s), ("--seconds", max_s)):
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{name} is {value:g}.", "Give more than 0 seconds.")
+    check_times(tail_s, max_s)
     num_question = samples_to_frames(len(question))
     tail, most = seconds_to_frames(tail_s), seconds_to_frames(max_s)
     frames: list[Frame] = []
@@ -160,6 +158,17 @@ def reply(
         if num_quiet >= tail or len(frames) - num_question >= most:
             break
     return _speech(speaker, frames, heard, chosen, emotion, strength, seed, question_s=len(question) / SAMPLE_RATE)
+
+
+def check_times(tail_s: float, max_s: float) -> None:
+    """Check when a reply is to end.
+
+    Raises:
+        UserError: one of the times is not above 0.
+    """
+    for name, value in (("--tail-s", tail_s), ("--seconds", max_s)):
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name} is {value:g}.", "Give more than 0 seconds.")
 
 
 def read_question(path: str | Path) -> np.ndarray:

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_csm.errors import UserError
+
+
+if TYPE_CHECKING:
+    from hf_csm.serving.offline import Speech
+    from hf_csm.serving.voices import Speaker
+
+DEFAULT_BASE = "kyutai/moshiko-pytorch-bf16"
 
 
 def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -17,6 +30,42 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument("--merged", action="store_true", help="write whole merged weights instead of the adapter")
 
+    say = add_verb("say", _say, "Let Moshi say a text, with an emotion, into a sound file.")
+    say.add_argument("text", help="what to say")
+    _add_speaking(say)
+
+    reply = add_verb("reply", _reply, "Let Moshi answer a recorded question, with an emotion, into a sound file.")
+    reply.add_argument("question", type=Path, help="sound file, of any rate and number of channels")
+    _add_speaking(reply)
+    reply.add_argument("--stereo", action="store_true", help="write the user on the left and Moshi on the right")
+    reply.add_argument(
+        "--tail-s", type=float, default=3.0, help="end when Moshi has been quiet for so many seconds (default: 3)"
+    )
+    reply.add_argument(
+        "--seconds", type=float, default=30.0, help="longest answer, from the question's end (default: 30)"
+    )
+
+
+def _add_speaking(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="sound file to write: .wav, .flac or .ogg")
+    parser.add_argument("--emotion", help="one that a model knows (default: none)")
+    parser.add_argument(
+        "--model", nargs="+", metavar="[NAME=]REPO_OR_FOLDER",
+        help=f"adapters of one base, or a whole model (default: $HF_CSM_MODEL, or else {DEFAULT_BASE})",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="branch, tag or commit of the model's repository (default: main)")
+    parser.add_argument("--voice", help="adapter to speak with, or base (default: the first that knows the emotion)")
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="of the adapter: 0 is the base, 1 as trained (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same gives the same speech (default: 0)")
+    parser.add_argument("--temperature", type=float, help="of text and audio (default: the model's own)")
+    parser.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    parser.add_argument("--json", action="store_true", help="print a line of JSON with the words and their times")
+
 
 def _export(options: argparse.Namespace) -> None:
     from hf_csm.export.native import export_checkpoint
@@ -25,3 +74,69 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{folder} loads through moshi and agrees with the checkpoint. Serve it with:")
     weights = "" if options.merged else f" --lora-weight {folder / 'lora.safetensors'}"
     print(f"python -m moshi.server --config-path {folder / 'config.json'}{weights}")
+
+
+def _say(options: argparse.Namespace) -> None:
+    from hf_csm.data.text import normalise_text
+    from hf_csm.serving.offline import say
+
+    text = normalise_text(options.text, "what to say")
+    _speak(options, lambda speaker, how: say(speaker, text, **how))
+
+
+def _reply(options: argparse.Namespace) -> None:
+    from hf_csm.serving.offline import check_times, read_question, reply
+
+    check_times(options.tail_s, options.seconds)
+    question = read_question(options.question)
+    _speak(
+        options,
+        lambda speaker, how: reply(speaker, question, tail_s=options.tail_s, max_s=options.seconds, **how),
+        stereo=options.stereo,
+    )
+
+
+def _speak(
+    options: argparse.Namespace, speak: Callable[[Speaker, dict[str, Any]], Speech], stereo: bool = False
+) -> None:
+    """Load the models, speak, write and report; what can be refused is, before the weights are loaded."""
+    from hf_csm.serving.offline import check_out, write_audio
+    from hf_csm.serving.voices import check_strength, choose_device, find_models, load_models
+
+    check_out(options.out)
+    check_strength(options.strength)
+    if options.temperature is not None and not 0 < options.temperature < float("inf"):
+        raise UserError(f"--temperature is {options.temperature:g}.", "Give more than 0; 0.7 is usual.")
+    if not 0 <= options.seed < 2**64:
+        raise UserError(f"--seed is {options.seed}.", "Give a whole number of at least 0.")
+    names = options.model or os.environ.get("HF_CSM_MODEL", "").split()
+    if not names and (options.emotion or options.voice):
+        raise UserError(
+            f"No model is named, and {DEFAULT_BASE} knows no emotions.",
+            "Name an adapter with --model REPO_OR_FOLDER, or in HF_CSM_MODEL.",
+        )
+    device = choose_device(options.device)
+    models = find_models(names or [DEFAULT_BASE], options.revision)
+    models.choose(options.emotion, options.voice)
+    speaker = load_models(
+        models,
+        device=device,
+        dtype=options.dtype,
+        temperature=options.temperature,
+        text_temperature=options.temperature,
+    )
+    how = {name: getattr(options, name) for name in ("emotion", "voice", "strength", "seed")}
+    try:
+        speech = speak(speaker, how)
+    finally:
+        speaker.close()
+    write_audio(options.out, speech, stereo=stereo)
+    if options.json:
+        print(json.dumps({"out": str(options.out), "model": names or [DEFAULT_BASE]} | speech.describe()))
+    else:
+        as_what = f" ({speech.emotion})" if speech.emotion else ""
+        print(f"{options.out}: {speech.duration_s:.1f} s, {speech.voice}{as_what}: {speech.text or '(no words)'}")
+    if options.emotion and not speech.emotion:
+        print(f"warning: {speech.voice} speaks without emotion; {options.emotion} was ignored.", file=sys.stderr)
+    if speech.is_silent:
+        print("warning: nothing can be heard in it. Try another --seed, or a lower --strength.", file=sys.stderr)
