@@ -19,8 +19,8 @@ UNSTATED_LICENSES = ("", "other", UNSTATED)
 LICENCE_FILE = "LICENSE.md"
 """Holds all terms where the Hub has no name for them together."""
 PERMISSIVE = frozenset(
-    "apache-2.0 bsd bsd-2-clause bsd-3-clause bsl-1.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 mit odc-by pddl "
-    "unlicense wtfpl".split()
+    ("apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "cdla-permissive-1.0")
+    + ("cdla-permissive-2.0", "mit", "odc-by", "pddl", "unlicense", "wtfpl")
 )
 """What is under these may be passed on under other terms, with its notice."""
 _CREATIVE_COMMONS = re.compile(r"cc-(by(?:-nc)?(?:-sa|-nd)?)-[\d.]+")
