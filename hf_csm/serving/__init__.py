@@ -1,1 +1,1 @@
-"""Our own server. Not yet: adapters are served by `python -m moshi.server`."""
+"""Conversations over the network, and offline, with Moshi and its adapters."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,21 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument("--merged", action="store_true", help="write whole merged weights instead of the adapter")
 
+    push = add_verb("push", _push, "Publish a checkpoint on the Hub: it serves there with one flag, and PEFT loads it.")
+    push.add_argument("checkpoint", type=Path, help="a run's checkpoint, or a folder that `hf-csm export` wrote")
+    push.add_argument("--repo-id", required=True, help="USER/NAME; made if it does not exist")
+    push.add_argument("--merged", action="store_true", help="whole merged weights instead of the adapter")
+    push.add_argument("--private", action="store_true", help="only you see the repository")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: the main one)")
+    push.add_argument("--base-model", metavar="USER/NAME", help="repository of a base that was trained on as a folder")
+    push.add_argument(
+        "--license-of", nargs="+", default=[], metavar="CORPUS=ID", help="licence of a corpus that states none"
+    )
+    push.add_argument(
+        "--terms-allow", nargs="+", default=[], metavar="CORPUS",
+        help="corpora whose terms, which you signed, let models trained on them be published",
+    )  # fmt: skip
+
     say = add_verb("say", _say, "Let Moshi say a text, with an emotion, into a sound file.")
     say.add_argument("text", help="what to say")
     _add_speaking(say)
@@ -44,6 +61,7 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     reply.add_argument(
         "--seconds", type=float, default=30.0, help="longest answer, from the question's end (default: 30)"
     )
+    _add_serve(add_verb)
 
 
 def _add_speaking(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +83,56 @@ def _add_speaking(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON with the words and their times")
+
+
+def _add_serve(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
+    serve = add_verb(
+        "serve",
+        _serve,
+        "Hold conversations over the network, as moshi.server does, with emotions to choose; a page at /.",
+    )
+    serve.add_argument(
+        "names", nargs="+", metavar="CHECKPOINT_OR_REPO",
+        help="adapters of one base, or a base or merged model: folders or Hub repositories, or NAME=FOLDER_OR_REPO",
+    )  # fmt: skip
+    serve.add_argument("--revision", help="branch, tag or commit of the only Hub repository")
+    serve.add_argument("--emotion", help="emotion of conversations that name none (default: none)")
+    serve.add_argument("--host", default="localhost", help="name or address to listen at; 0.0.0.0 for all")
+    serve.add_argument("--port", type=int, default=8998, help="default: 8998; 0 for any that is free")
+    serve.add_argument("--slots", type=int, default=1, help="conversations at once (default: 1)")
+    serve.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    serve.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    serve.add_argument("--ssl", type=Path, metavar="FOLDER", help="serve https with its cert.pem and key.pem")
+    serve.add_argument(
+        "--token-file", type=Path, help="file with the token that clients must give (default: $HF_CSM_TOKEN, if set)"
+    )
+    serve.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="site whose pages may use this server, such as https://example.org; may be given again; * is any",
+    )  # fmt: skip
+    serve.add_argument("--max-minutes", type=float, default=60.0, help="longest conversation (default: 60)")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from hf_csm.export.push_model import push_model
+
+    stated = dict(part.split("=", 1) for part in options.license_of if "=" in part)
+    if len(stated) < len(options.license_of):
+        raise UserError(f"--license-of is {' '.join(options.license_of)}.", "Give CORPUS=ID, as in mine=cc-by-4.0.")
+    url = push_model(
+        options.checkpoint,
+        options.repo_id,
+        merged=options.merged,
+        private=options.private,
+        revision=options.revision,
+        base_model=options.base_model,
+        stated=stated,
+        cleared=options.terms_allow,
+    )
+    print(f"{url} is complete. Serve it with:")
+    print(f"python -m moshi.server --hf-repo {options.repo_id}")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -109,7 +177,7 @@ def _speak(
         raise UserError(f"--temperature is {options.temperature:g}.", "Give more than 0; 0.7 is usual.")
     if not 0 <= options.seed < 2**64:
         raise UserError(f"--seed is {options.seed}.", "Give a whole number of at least 0.")
-    names = options.model or os.environ.get("HF_CSM_MODEL", "").split()
+    names = options.model or shlex.split(os.environ.get("HF_CSM_MODEL", ""))
     if not names and (options.emotion or options.voice):
         raise UserError(
             f"No model is named, and {DEFAULT_BASE} knows no emotions.",
@@ -140,3 +208,9 @@ def _speak(
         print(f"warning: {speech.voice} speaks without emotion; {options.emotion} was ignored.", file=sys.stderr)
     if speech.is_silent:
         print("warning: nothing can be heard in it. Try another --seed, or a lower --strength.", file=sys.stderr)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from hf_csm.serving.serve import ServeOptions, serve
+
+    serve(ServeOptions(**{field.name: getattr(options, field.name) for field in fields(ServeOptions)}))
