@@ -1,9 +1,11 @@
 """The model card of an adapter, or of a model merged with it. What it says is read from what lies beside it.
 
-    write_card(facts_of(folder, "user/name", base_model="kyutai/moshiko-pytorch-bf16"), folder)
+    corpora = with_stated(read_corpora(folder), stated)                  # licences.py
+    check_licences(corpora, repo_id, private=private, cleared=cleared)   # licences.py
+    write_card(facts_of(folder, repo_id, corpora, base_model=..., merged=...), folder)
 
-The folder is what will be on the Hub: emotions.json, and as far as they are there corpora.json, config.yaml,
-metrics.jsonl, loss.png, samples/ and the results of measures (`MEASURES`). What is not there is said to be missing.
+The folder is what will be on the Hub: emotions.json, and as far as they are there config.yaml, metrics.jsonl,
+loss.png, samples/ and the results of measures (`MEASURES`). What is not there is said to be missing.
 """
 
 from __future__ import annotations
@@ -11,18 +13,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hf_csm.data.terms import CORPORA_NAME, CorpusTerms, read_corpora
+from hf_csm.data.terms import CorpusTerms
 from hf_csm.errors import UserError
 from hf_csm.export.card_text import MEASURES, body
 from hf_csm.export.emotions import EmotionControl, read_emotion_control
 from hf_csm.export.licences import LICENCE_FILE, Licence, licence_of, licence_text
-from hf_csm.models.pull import ADAPTER_CONFIG_NAME
 
 
 if TYPE_CHECKING:
@@ -73,15 +75,21 @@ class CardFacts:
 def facts_of(
     folder: Path,
     repo_id: str,
+    corpora: Sequence[CorpusTerms],
     *,
     base_model: str | None,
+    base_revision: str | None = None,
     base_license: str | None = None,
+    merged: bool = False,
 ) -> CardFacts:
     """Read from a folder what a card of it says.
 
     Args:
         repo_id: `user/name` that it will have.
+        corpora: that were trained on, with the licences that the user has stated; none if they are not known.
+        base_model: repository of the base; the card names nothing else, since that would be a place on a machine.
         base_license: licence id that the card of the base model states.
+        merged: whether whole weights are in the folder instead of an adapter.
 
     Raises:
         UserError: one of the files is damaged.
@@ -89,14 +97,13 @@ def facts_of(
     folder = Path(folder)
     control = read_emotion_control(folder)
     metrics = _read_metrics(folder / "metrics.jsonl", control.step)
-    corpora = read_corpora(folder) if (folder / CORPORA_NAME).is_file() else []
     is_on_hub = base_model is not None and _HUB_ID.fullmatch(base_model) is not None
     return CardFacts(
         repo_id=repo_id,
         base_model=base_model if is_on_hub else None,
-        base_revision=control.base_revision if is_on_hub else None,
+        base_revision=base_revision if is_on_hub else None,
         base_license=base_license,
-        merged=not (folder / ADAPTER_CONFIG_NAME).is_file(),
+        merged=merged,
         control=control,
         corpora=tuple(corpora),
         licence=licence_of(corpora, base_license),

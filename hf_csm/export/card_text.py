@@ -1,4 +1,4 @@
-"""What a model card tells people, in Markdown: how to talk to the model, whose speech it learned from, what is known."""
+"""What a model card tells people: how to talk to the model, whose speech it learned from, what is known of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEASURES = {
     "listening": "A listening test with people",
     "speed": "Real time on a GPU",
 }
-"""What a model can be measured by. `<name>.json`, an object of numbers, has the results; without it, it was not run."""
+"""What a model can be measured by: `<name>.json`, an object of numbers, has the results. Without it, it was not run."""
 LOSSES = {
     "loss": "all targets, weighted as in training",
     "text_words": "text: words",
@@ -114,14 +114,11 @@ def _emotions(facts: CardFacts) -> str:
     control = facts.control
     if control.control == "prefix":
         example = control.prefix_template.format(emotion=_example(facts) or "sad")
+        known = f"It knows {_listing(control.emotions)}." if control.emotions else "Which it knows was not recorded."
         text = (
-            f"It knows {_listing(control.emotions)}.\n\n"
-            if control.emotions
-            else "Which it knows was not recorded.\n\n"
-        ) + (
-            f"An emotion is asked for by a prefix of Moshi's text stream, such as `{example}`: its tokens are forced in "
-            "the first frames, before Moshi says anything. `hf-csm serve`, `say` and `reply` do that. Moshi's own server "
-            "cannot force text: there the model speaks without being asked for an emotion."
+            f"{known}\n\nOne is asked for by a prefix of Moshi's text stream, such as `{example}`: its tokens are "
+            "forced in the first frames, before Moshi says anything. `hf-csm serve`, `say` and `reply` do that. Moshi's "
+            "own server cannot force text: there the model speaks without being asked for an emotion."
         )
     elif control.emotions:
         text = f"It always speaks {control.emotions[0]}, without being asked; so it does on Moshi's own server."
@@ -173,9 +170,9 @@ def _data(facts: CardFacts) -> str:
             "",
             f"Licence of the base model: {base}. This model is under {result}.{commerce}",
             "",
-            "Whether weights are a work made from the recordings they were trained on is not settled. hf-csm decides for "
-            "caution and passes an adapter on as if it were: what a corpus asks of material made from it is asked of "
-            "this model. None of the recordings, codes, texts or labels of a corpus are in this repository.",
+            "Whether weights are a work made from the recordings they were trained on is not settled. hf-csm decides "
+            "for caution and passes an adapter on as if it were: what a corpus asks of material made from it is asked "
+            "of this model. No recording, code, text or label of a corpus is in this repository.",
             "",
             "### Attribution of the corpora",
             "",
@@ -243,9 +240,9 @@ For research on expressive spoken dialogue, and for trying out how a voice that 
 - The emotion labels of acted corpora are instructions to actors. What people hear often differs, and acted emotion is
   stronger than what people show in conversation.
 - Emotions are put on, not felt: {merged.lower()} change how Moshi sounds and not what it understands.
-- This model does not recognise emotions. Nothing it says is a measure of how a person feels; do not judge people by it.
-- The voices it learned from are people's. Do not use it to imitate a person, or to deceive anyone about who speaks; tell
-  people that they talk to a machine.
+- It does not recognise emotions. Nothing it says is a measure of how a person feels; do not judge people by it.
+- The voices it learned from are people's. Do not use it to imitate a person, or to deceive anyone about who speaks;
+  tell people that they talk to a machine.
 - Do not use it to press on people's feelings to make them decide or pay.
 - All limits of {_base(facts)} hold: it makes things up, can be rude or biased, and knows mostly English.
 - What was not measured, above, is not known."""
