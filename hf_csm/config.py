@@ -1,4 +1,4 @@
-"""Every option of a training run, once. The YAML file gives defaults, the command line overrides them.
+"""Every option of a training run, once. `config_parser` reads them from a YAML file and the command line.
 
 The text under a field is its `--help`. The fine-tuning guide's keys (`moshi_paths`, `dataset`, `lora`, `training`,
 `optimizer`, `scheduler`, `advanced`) are valid as they stand.
@@ -7,15 +7,9 @@ The text under a field is its `--help`. The fine-tuning guide's keys (`moshi_pat
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Optional, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Literal, Optional
 
 from hf_csm.errors import UserError
 
@@ -225,12 +219,19 @@ class TrainingConfig:
     """Steps between lines in metrics.jsonl and the trackers."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where metrics also go: tensorboard, wandb, trackio."""
+    push_to_hub: Optional[str] = None
+    """Hub repository `user/name` that gets the adapter at the end, the best one if there are evaluations. Whether it
+    may be pushed there is checked before the first step."""
+    hub_private: bool = False
+    """Make that repository a private one. What may not be published can be kept there."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "gradient_accumulation_steps", "save_every", "log_every", "eval_windows"):
             _at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("eval_every", "keep_checkpoints", "max_grad_norm"):
             _at_least(f"training.{name}", getattr(self, name), 0)
+        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
+            raise UserError(f"training.push_to_hub is {self.push_to_hub!r}.", "Give USER/NAME, or null for no push.")
         unknown = sorted(set(self.trackers) - {"tensorboard", "wandb", "trackio"})
         if unknown:
             raise UserError(
@@ -301,93 +302,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
-
-
-def parse_run_config(argv: list[str] | None = None, prog: str | None = None) -> RunConfig:
-    """Read a run's options from the command line and the YAML file it names with `--config`.
-
-    Raises:
-        UserError: an option or key that does not exist (with the nearest one that does), or a value of a wrong type.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description="Train a LoRA adapter on Moshi.")
-    parser.add_argument("--config", action="config", help="YAML file with defaults for the options below.")
-    parser.add_class_arguments(RunConfig, None)
-    argv = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    for position, argument in enumerate(argv):
-        name, _, value = argument.removeprefix("--").removesuffix("+").partition("=")
-        if name == "config" and argument.startswith("--"):
-            _check_yaml(Path(value or next(iter(argv[position + 1 :]), "")))
-        elif argument.startswith("--") and name != "help" and not name.endswith(".help"):
-            _check_key(name, "the command line")
-    try:
-        options = vars(parser.instantiate(parser.parse_args(argv)))
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split()), "Run with --help to see options, types, defaults.") from error
-    del options["config"]
-    return RunConfig(**options)
-
-
-def dump_run_config(config: RunConfig) -> str:
-    """Return the whole configuration as YAML that `parse_run_config` reads back."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False)  # tuples become lists
-
-
-def _with_underscores(argument: str) -> str:
-    """`--resume-from-checkpoint=a-b` names the option `--resume_from_checkpoint`."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _valid_keys(cls: type = RunConfig, prefix: str = "") -> dict[str, bool]:
-    """Map every dotted key to whether it holds further keys."""
-    keys: dict[str, bool] = {}
-    types = get_type_hints(cls)
-    for option in dataclasses.fields(cls):
-        name, hint = prefix + option.name, types[option.name]
-        choices: tuple[type, ...] = get_args(hint) if get_origin(hint) is Union else (hint,)
-        kinds = [choice for choice in choices if dataclasses.is_dataclass(choice)]
-        keys |= {name: bool(kinds), **(_valid_keys(kinds[0], name + ".") if kinds else {})}
-    return keys
-
-
-def _check_key(name: str, where: str) -> None:
-    keys = [key for key in _valid_keys() if not name.startswith(f"{key}.")]
-    if name in keys:
-        return
-    # A wrong group or last word: try the whole name first, then the last word anywhere.
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75) or [
-        key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
-    remedy = f"Did you mean {near[0]}?" if near else "Run with --help to see every option."
-    raise UserError(f"{where} has {name}, which is not an option.", remedy)
-
-
-def _check_yaml(path: Path) -> None:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration {str(path)!r} cannot be read: {error}.", "Check --config.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}", "Mend that line.") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no options.", "Write `key: value` lines; see recipes/configs/.")
-    keys = _valid_keys()
-
-    def walk(node: dict, prefix: str) -> None:
-        for key, value in node.items():
-            name = f"{prefix}{key}"
-            _check_key(name, str(path))
-            if keys[name] and not (value is None and name == "dataset.replay"):
-                if not isinstance(value, dict):
-                    raise UserError(f"{path} has {name}: {value!r}.", f"Put options under {name}, or leave it out.")
-                walk(value, name + ".")
-
-    walk(tree, "")
 
 
 def _at_least(name: str, value: float, minimum: float, *, above: bool = False) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 
 from hf_csm.cli import run_command
-from hf_csm.config import parse_run_config
+from hf_csm.config_parser import parse_run_config
 from hf_csm.training.interrupt import stop_with_launcher
 
 
@@ -23,11 +23,18 @@ def main(argv: list[str]) -> None:
 
     # `--help` and a misspelt option answer at once: the heavy imports come after.
     from hf_csm.export.native import consolidate
+    from hf_csm.export.push_run import check_push, push_run
     from hf_csm.training.loop import train
 
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    if is_main:  # not after days of training
+        check_push(config)
     checkpoint = train(config, consolidate)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_main:
         print(f"{checkpoint} is written. Turn it into a folder that serves: hf-csm export {checkpoint} --out DIR")
+        url = push_run(config, checkpoint)
+        if url is not None:
+            print(f"Pushed to {url}. Serve it with: python -m moshi.server --hf-repo {config.training.push_to_hub}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ PYTHON = [
     path for folder in ("hf_csm", "dataset_builders", "recipes", "tests") for path in (ROOT / folder).rglob("*.py")
 ]
 
-ORDER = ("errors", "units", "config", "data", "models", "evaluation", "training", "export", "serving")
+ORDER = ("errors", "units", "config", "config_parser", "data", "models", "evaluation", "training", "export", "serving")
 """A part may import those left of it. `testing`, `cli`, `verbs` and `doctor` stand outside: nothing imports them."""
 
 

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_csm.config import Replay, RunConfig, Source, dump_run_config, parse_run_config
+from hf_csm.config import Replay, RunConfig, Source
+from hf_csm.config_parser import dump_run_config, parse_run_config
 from hf_csm.errors import UserError
 
 

@@ -73,8 +73,10 @@ def corpora_of(config: DatasetConfig) -> list[CorpusTerms]:
     for path, revision, is_replay in named:
         place = Path(path).parent if is_manifest(path) else find_table(path, revision)
         table = None if Path(path).expanduser().exists() or is_manifest(path) else path
-        more = {"table": table, "revision": revision if table else None, "replay": is_replay}
-        found += [replace(terms, **more) for terms in _terms_in(place, Path(path).stem)]
+        found += [
+            replace(terms, table=table, revision=revision if table else None, replay=is_replay)
+            for terms in _terms_in(place, Path(path).stem)
+        ]
     return found
 
 
@@ -149,7 +151,7 @@ def _terms_in(folder: Path, fallback: str) -> list[CorpusTerms]:
         UNSTATED if card.get("license") in (None, "", "other") else card["license"],
         str(card.get("notice", "")),
     )
-    for name in (card["corpus"], card.get("builder")):  # a name that was edited does not make a corpus free
+    for name in (str(card["corpus"]), str(card.get("builder"))):  # a name that was edited does not make a corpus free
         of_card = replace(of_card, not_to_be_published=_with_builder(of_card, builders.get(name)).not_to_be_published)
     names = sorted(map(str, in_rows)) or [of_card.corpus]
     return [_with_builder(replace(of_card, corpus=name), builders.get(name)) for name in names]

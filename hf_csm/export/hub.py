@@ -97,6 +97,22 @@ def open_repository(api: HfApi, target: Target, check_contents: CheckContents) -
     return files
 
 
+def check_may_write(api: HfApi, target: Target) -> None:
+    """Ask the Hub how it would take a file, which it tells only those who may send one; nothing is sent.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: the user may not write there.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    api.preupload_lfs_files(
+        target.repo_id,
+        [CommitOperationAdd("README.md", b"\n")],
+        repo_type=target.repo_type,
+        revision=target.revision,
+    )
+
+
 def list_files(api: HfApi, target: Target, revision: str | None) -> list[RepoFile]:
     """Return all files of the repository at a revision."""
     from huggingface_hub.hf_api import RepoFile

@@ -18,7 +18,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from tqdm import tqdm
 
-from hf_csm.config import RunConfig, dump_run_config
+from hf_csm.config import RunConfig
+from hf_csm.config_parser import dump_run_config
 from hf_csm.data.collate import Batch, collate
 from hf_csm.data.describe import describe_mixture
 from hf_csm.data.mixture import MixtureLoader, lay_out_row, validation_batches

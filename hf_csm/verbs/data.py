@@ -202,7 +202,7 @@ def launched_as() -> tuple[int, int]:
 
 
 def _describe(options: argparse.Namespace) -> None:
-    from hf_csm.config import parse_run_config
+    from hf_csm.config_parser import parse_run_config
     from hf_csm.data.describe import describe
 
     description = describe(parse_run_config(["--config", options.config, *options.more], prog="hf-csm describe"))

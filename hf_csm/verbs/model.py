@@ -32,7 +32,7 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument("--merged", action="store_true", help="write whole merged weights instead of the adapter")
 
-    push = add_verb("push", _push, "Publish a checkpoint on the Hub: it serves there with one flag, and PEFT loads it.")
+    push = add_verb("push", _push, "Publish a checkpoint on the Hub: moshi serves it with one flag, PEFT loads it.")
     push.add_argument("checkpoint", type=Path, help="a run's checkpoint, or a folder that `hf-csm export` wrote")
     push.add_argument("--repo-id", required=True, help="USER/NAME; made if it does not exist")
     push.add_argument("--merged", action="store_true", help="whole merged weights instead of the adapter")

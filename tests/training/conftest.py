@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_csm.config import RunConfig, parse_run_config
+from hf_csm.config import RunConfig
+from hf_csm.config_parser import parse_run_config
 
 
 @pytest.fixture(scope="module")

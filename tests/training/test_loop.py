@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_csm.config import parse_run_config
+from hf_csm.config_parser import parse_run_config
 from hf_csm.errors import UserError
 from hf_csm.export.native import consolidate
 from hf_csm.models.moshi import MoshiLM
