@@ -134,7 +134,8 @@ class Heard:
         handshake: the first message.
         audio: `[S]`, float32, 24 kHz.
         texts: pieces of text, as sent.
-        num_frames_before_audio: that were sent before the first audio came, where frames were sent one by one.
+        num_frames_before_audio: that were sent before the first audio came; only a slow `pace_s` makes it exact.
+        lags_s: for each message with audio, how long after its first sample's place in what was sent it came.
         close_code: of the server; None while it has not closed.
         close_reason: its words.
     """
@@ -143,6 +144,7 @@ class Heard:
     audio: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     texts: list[str] = field(default_factory=list)
     num_frames_before_audio: int = 0
+    lags_s: list[float] = field(default_factory=list)
     close_code: int | None = None
     close_reason: str = ""
 
@@ -153,7 +155,7 @@ async def converse(
     *,
     query: str = "",
     num_frames: int | None = None,
-    one_by_one: bool = False,
+    pace_s: float = 0.0,
     timeout_s: float = 30,
 ) -> Heard:
     """Say `audio` to the server on `port` as moshi's own client does, and return what came back.
@@ -163,48 +165,50 @@ async def converse(
         query: of the address, such as `emotion=happy`.
         num_frames: stop when so many frames of audio have come; all but the last 6 of what was sent by default, since
             delays and Opus hold some back.
-        one_by_one: send a frame only when nothing more comes for the ones before.
+        pace_s: seconds from frame to frame, 0.08 for real time.
         timeout_s: for each message.
     """
     writer, reader = sphn.OpusStreamWriter(SAMPLE_RATE), sphn.OpusStreamReader(SAMPLE_RATE)
-    frames = [
-        audio[i : i + SAMPLES_PER_FRAME] for i in range(0, len(audio) - SAMPLES_PER_FRAME + 1, SAMPLES_PER_FRAME)
-    ]
-    wanted = SAMPLES_PER_FRAME * (len(frames) - 6 if num_frames is None else num_frames)
-    heard, pieces, num_samples = Heard(), [], 0
+    num_sent = len(audio) // SAMPLES_PER_FRAME
+    wanted = SAMPLES_PER_FRAME * (num_sent - 6 if num_frames is None else num_frames)
+    heard, sent_at = Heard(), []
+    pieces: list[np.ndarray] = []
+    num_samples = 0
 
-    def take(message: aiohttp.WSMessage) -> bool:
-        """Keep what a message brings; say whether the conversation goes on."""
-        nonlocal num_samples
-        if message.type == aiohttp.WSMsgType.CLOSE:
-            heard.close_code, heard.close_reason = message.data, message.extra or ""
-        if message.type == aiohttp.WSMsgType.BINARY:
-            kind, payload = message.data[0], message.data[1:]
-            if kind == 0:
-                heard.handshake = message.data
-            elif kind == 1:
-                pieces.append(reader.append_bytes(payload))
-                num_samples += pieces[-1].shape[-1]
-            elif kind == 2:
-                heard.texts.append(payload.decode())
-        return message.type in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT)
-
-    url = f"ws://127.0.0.1:{port}/api/chat{'?' if query else ''}{query}"
-    async with aiohttp.ClientSession() as session, session.ws_connect(url, autoclose=False) as ws:
-        goes_on = take(await ws.receive(timeout=timeout_s))
-        for frame in frames:
-            if not goes_on:
-                break
+    async def talk(ws: aiohttp.ClientWebSocketResponse) -> None:
+        begin = time.monotonic()
+        for number, frame in enumerate(np.split(audio[: num_sent * SAMPLES_PER_FRAME], num_sent)):
+            await asyncio.sleep(max(0.0, begin + number * pace_s - time.monotonic()))
             opus = writer.append_pcm(frame)
             if opus:
                 await ws.send_bytes(b"\x01" + opus)
-            heard.num_frames_before_audio += num_samples == 0
-            while one_by_one and goes_on:
-                try:
-                    goes_on = take(await ws.receive(timeout=0.3))
-                except asyncio.TimeoutError:
-                    break
-        while goes_on and num_samples < wanted:
-            goes_on = take(await ws.receive(timeout=timeout_s))
+            sent_at.append(time.monotonic())
+
+    url = f"ws://127.0.0.1:{port}/api/chat{'?' if query else ''}{query}"
+    async with aiohttp.ClientSession() as session, session.ws_connect(url, autoclose=False) as ws:
+        talking = None
+        while num_samples < wanted:
+            message = await ws.receive(timeout=timeout_s)
+            if message.type == aiohttp.WSMsgType.CLOSE:
+                heard.close_code, heard.close_reason = message.data, message.extra or ""
+            if message.type not in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT):
+                break
+            kind, payload = message.data[0], message.data[1:]
+            if kind == 0:
+                heard.handshake = message.data
+                talking = asyncio.create_task(talk(ws))
+            elif kind == 1:
+                pieces.append(reader.append_bytes(payload))
+                if pieces[-1].shape[-1]:
+                    if num_samples == 0:
+                        heard.num_frames_before_audio = len(sent_at)
+                    heard.lags_s.append(time.monotonic() - sent_at[num_samples // SAMPLES_PER_FRAME])
+                    num_samples += pieces[-1].shape[-1]
+            elif kind == 2:
+                heard.texts.append(payload.decode())
+        if talking is not None:
+            talking.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                await talking
     heard.audio = np.concatenate(pieces) if pieces else heard.audio
     return heard
