@@ -1,10 +1,12 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from hf_csm.cli import main
 from hf_csm.errors import UserError
 from hf_csm.serving import offline
 from hf_csm.serving.offline import (
@@ -252,3 +254,83 @@ def test_a_question_that_is_no_sound_is_refused(tmp_path):
     (tmp_path / "q.wav").write_text("hello")
     with pytest.raises(UserError, match="not a sound file"):
         read_question(tmp_path / "q.wav")
+
+
+def hf_csm(*arguments):
+    return main([*map(str, arguments), "--device", "cpu"])
+
+
+def test_say_writes_a_file_and_a_line_of_json(expressive, calm, tmp_path, capsys):
+    out = tmp_path / "x.wav"
+    command = ("say", "yes no", "--model", f"moody={expressive}", calm, "--emotion", "happy", "--out", out)
+    assert hf_csm(*command, "--seed", 4, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["out"] == str(out)
+    assert told["text"] == "yes no"
+    assert [word["word"] for word in told["words"]] == ["yes", "no"]
+    assert [told[key] for key in ("emotion", "voice", "seed", "strength")] == ["happy", "moody", 4, 1.0]
+    assert soundfile.info(out).duration == pytest.approx(told["duration_s"])
+    assert soundfile.info(out).channels == 1
+    first = out.read_bytes()
+    assert hf_csm(*command, "--seed", 4) == 0
+    assert capsys.readouterr().out == f"{out}: {told['duration_s']:.1f} s, moody (happy): yes no\n"
+    assert out.read_bytes() == first
+
+
+def test_reply_answers_a_file(calm, tmp_path, capsys, monkeypatch):
+    soundfile.write(tmp_path / "q.wav", np.stack([question(), question()], axis=1), 24_000)
+    monkeypatch.setenv("HF_CSM_MODEL", str(calm))
+    out = tmp_path / "y.flac"
+    assert hf_csm("reply", tmp_path / "q.wav", "--out", out, "--seconds", 0.4, "--stereo", "--voice", "base") == 0
+    samples, _ = soundfile.read(out)
+    assert samples.shape == (9 * SAMPLES_PER_FRAME, 2)
+    assert np.abs(samples[: len(question()), 0] - question()).max() < 1e-3
+    assert ", base: " in capsys.readouterr().out
+
+
+def test_an_emotion_that_the_base_ignores_is_said(calm, tmp_path, capsys):
+    out = tmp_path / "x.wav"
+    assert hf_csm("say", "no", "--model", calm, "--out", out, "--voice", "base", "--emotion", "sad") == 0
+    assert "warning: base speaks without emotion; sad was ignored." in capsys.readouterr().err
+
+
+def test_silence_is_said(calm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(offline, "SILENCE_DB", 20.0)
+    assert hf_csm("say", "no", "--model", calm, "--out", tmp_path / "x.wav") == 0
+    assert "warning: nothing can be heard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["say", ""], "is empty"),
+        (["say", "no", "--strength", "5"], "strength is 5"),
+        (["say", "no", "--seed", "-1"], "--seed is -1"),
+        (["say", "no", "--temperature", "0"], "--temperature is 0"),
+        (["say", "no", "--emotion", "hapy"], "nearest is 'happy'"),
+        (["say", "no", "--voice", "me"], "no voice 'me'"),
+        (["say", "no", "--out", "x.mp9"], "x.mp9"),
+        (["say", "no", "--device", "abacus"], "--device abacus cannot be used"),
+        (["reply", "nothing.wav"], "nothing.wav: cannot be read"),
+        (["reply", __file__], "not a sound file"),
+        (["reply", "nothing.wav", "--tail-s", "0"], "--tail-s is 0"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_two_lines_before_weights_are_loaded(
+    expressive, tmp_path, capsys, monkeypatch, arguments, words
+):
+    monkeypatch.setattr("hf_csm.serving.voices.load_models", None)
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "x.wav")]
+    assert main([*arguments[:2], "--device", "cpu", "--model", str(expressive), *out, *arguments[2:]]) == 1
+    problem, remedy = capsys.readouterr().err.splitlines()
+    assert words in problem
+    assert problem.startswith("error: ")
+    assert remedy.strip()
+
+
+def test_an_emotion_needs_a_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("HF_CSM_MODEL", raising=False)
+    assert hf_csm("say", "no", "--emotion", "happy", "--out", tmp_path / "x.wav") == 1
+    problem, remedy = capsys.readouterr().err.splitlines()
+    assert "No model is named" in problem
+    assert "--model REPO_OR_FOLDER" in remedy
