@@ -217,11 +217,12 @@ def conversations(folder: Path, num_slots: int = 8, num_frames: int = 250) -> No
         lags = sorted(lag for client in asyncio.run(all_at_once(server.port)) for lag in client)
     median, worst = lags[len(lags) // 2], lags[-1]
     p99 = lags[int(0.99 * len(lags))]
+    seconds = num_frames / FRAME_RATE
     print(
-        f"\n{num_slots} clients of one server at once, {num_frames / FRAME_RATE:.0f} s each in real time: the answer to "
-        f"a frame came {1000 * median:.0f} ms after it (99 %: {1000 * p99:.0f} ms, worst: {1000 * worst:.0f} ms), of "
-        f"which {1000 / FRAME_RATE:.0f} ms are the delay of the model."
+        f"\n{num_slots} clients of one server at once, {seconds:.0f} s each in real time: the answer to a frame came"
     )
+    print(f"{1000 * median:.0f} ms after it (99 %: {1000 * p99:.0f} ms, worst: {1000 * worst:.0f} ms), of which")
+    print(f"{1000 / FRAME_RATE:.0f} ms are the delay of the model.")
 
 
 if __name__ == "__main__":
