@@ -142,7 +142,8 @@ class Server:
         connection = request.protocol
         self._busy.add(connection)
         try:
-            response = self._turn_away(request) or await handler(request)
+            refusal = self._turn_away(request)
+            response = await handler(request) if refusal is None else refusal  # a web.Response is false
         except web.HTTPException as error:
             response = _problem(error.status, error.reason)
         except (ConnectionError, asyncio.CancelledError):
