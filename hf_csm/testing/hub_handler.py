@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote
 
 from hf_csm.testing.hub_card import card_problems, front_matter
-from hf_csm.testing.hub_repository import MAIN, HubError, Repository
+from hf_csm.testing.hub_repository import MAIN, Body, HubError, Repository
 
 
 if TYPE_CHECKING:
@@ -26,28 +26,13 @@ KINDS = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
 """Prefix of a repository's address by its kind."""
 
 
-class _Body:
-    """The body of a request, and not a byte of the next one."""
-
-    def __init__(self, stream: Any, num_bytes: int):
-        self._stream, self.num_left = stream, num_bytes
-
-    def read(self, num_bytes: int | None = None) -> bytes:
-        wanted = self.num_left if num_bytes is None else min(num_bytes, self.num_left)
-        content = self._stream.read(wanted) if wanted else b""
-        if len(content) < wanted:
-            raise ConnectionError("the client hung up")
-        self.num_left -= wanted
-        return content
-
-
 class HubHandler(BaseHTTPRequestHandler):
     """Answers the requests of one connection. A subclass has `hub`."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body in one packet: two wait for each other 40 ms
     hub: LocalHub
-    body: _Body
+    body: Body
 
     def log_message(self, *arguments: Any) -> None:
         """Keep quiet."""
@@ -56,7 +41,7 @@ class HubHandler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         self.hub.requests.append(f"{self.command} {path}")
         self.query = {key: values[-1] for key, values in parse_qs(query).items()}
-        self.body = _Body(self.rfile, int(self.headers.get("Content-Length") or 0))
+        self.body = Body(self.rfile, int(self.headers.get("Content-Length") or 0))
         fails, status = self.hub.failure(self.command)
         if fails and status is None:
             self.body.read(self.body.num_left // 2)
@@ -117,7 +102,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         with open(file, "rb") as stream:
             stream.seek(first)
-            shutil.copyfileobj(_Body(stream, end - first), self.wfile, 1 << 20)
+            shutil.copyfileobj(Body(stream, end - first), self.wfile, 1 << 20)
 
     # Who asks, and what they may
 
@@ -219,6 +204,16 @@ class HubHandler(BaseHTTPRequestHandler):
         repository.gated = asked.get("gated", repository.gated)
         repository.save()
         self.send(200, {})
+
+    def variables(self, repo_id: str) -> None:
+        repository = self.repository("spaces", repo_id, write=True)
+        asked = json.loads(self.body.read() or b"{}")
+        if self.command == "POST":
+            repository.variables[asked["key"]] = asked["value"]
+        elif self.command == "DELETE":
+            repository.variables.pop(asked["key"], None)
+        repository.save()
+        self.send(200, {key: {"value": value} for key, value in repository.variables.items()})
 
     def tree(self, kind: str, repo_id: str, revision: str, path: str) -> None:
         repository = self.repository(kind, repo_id)
@@ -375,6 +370,7 @@ _ROUTES = [
         ("POST", r"/api/validate-yaml", HubHandler.validate_yaml),
         ("GET", _API + r"(?:/revision/(?P<revision>[^/]+))?", HubHandler.info),
         ("PUT", _API + r"/settings", HubHandler.settings),
+        ("GET POST DELETE", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables", HubHandler.variables),
         ("GET", _API + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", HubHandler.tree),
         ("POST", _API + r"/paths-info/(?P<revision>[^/]+)", HubHandler.paths_info),
         ("GET", _API + r"/refs", HubHandler.refs),

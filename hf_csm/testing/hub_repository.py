@@ -53,6 +53,21 @@ class Readable(Protocol):
     def read(self, num_bytes: int) -> bytes: ...
 
 
+class Body:
+    """The body of a request, and not a byte of the next one."""
+
+    def __init__(self, stream: Any, num_bytes: int):
+        self._stream, self.num_left = stream, num_bytes
+
+    def read(self, num_bytes: int | None = None) -> bytes:
+        wanted = self.num_left if num_bytes is None else min(num_bytes, self.num_left)
+        content = self._stream.read(wanted) if wanted else b""
+        if len(content) < wanted:
+            raise ConnectionError("the client hung up")
+        self.num_left -= wanted
+        return content
+
+
 @dataclass(frozen=True)
 class File:
     """A file of a commit.
@@ -96,7 +111,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A model or dataset repository. What changes it is on disk when the call returns.
+    """A model, dataset or Space repository. What changes it is on disk when the call returns.
 
     Attributes:
         folder: of its own.
@@ -105,6 +120,7 @@ class Repository:
         branches: last commit by name.
         tags: commit by name.
         commits: by id, oldest first.
+        variables: of a Space, by name.
     """
 
     folder: Path
@@ -113,6 +129,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def create(cls, folder: Path, author: str, private: bool = False) -> Repository:
