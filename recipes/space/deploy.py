@@ -1,0 +1,129 @@
+"""Put the Gradio app into a Space of yours, with the sources it needs; run again, it brings the Space up to date.
+
+python recipes/space/deploy.py USER/SPACE --model USER/ADAPTER --private
+
+It uses the token of `hf auth login` or HF_TOKEN and writes it nowhere. The hardware is chosen on the Space's page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_csm.cli import run_command
+from hf_csm.data.hub import hub_errors
+from hf_csm.errors import UserError
+
+
+SPACE = Path(__file__).parent
+ROOT = SPACE.parent.parent
+APP_FILES = ("app.py", "README.md", "requirements.txt")
+PACKAGES = ("hf_csm", "dataset_builders")
+MARK = "hf_csm/__init__.py"
+"""By which a Space of ours is known."""
+
+
+def deploy(repo_id: str, models: Sequence[str], *, private: bool = False, revision: str | None = None) -> str:
+    """Tell the Space its models, upload the app in one commit, and return the address of the Space.
+
+    Args:
+        repo_id: `user/name` of the Space; made if it does not exist.
+        models: repositories on the Hub, for `HF_CSM_MODEL`.
+        private: whether a Space that is made is private; one that exists has to be so already.
+        revision: of the only model, for `HF_CSM_REVISION`.
+
+    Raises:
+        UserError: the Space holds something else, a model is not on the Hub, or the Hub does not let the user write.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    for name in (repo_id, *models):
+        if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+            raise UserError(f"{name!r} is not the name of a Hub repository.", "Give USER/NAME, as in ann/moshi-happy.")
+    if revision is not None and len(models) > 1:
+        raise UserError(
+            f"--revision {revision} does not say which of {len(models)} models is meant.", "Give it with one model."
+        )
+    if get_token() is None:
+        raise UserError(
+            f"{repo_id}: you are not logged in to the Hub.",
+            "Run `hf auth login` with a token that may write, or set HF_TOKEN.",
+        )
+    api = HfApi()
+    shown = list(models)
+    for model in models:
+        with hub_errors(f"{model}: "):
+            card = api.model_info(model, revision=revision).card_data
+        base = card.get("base_model") if card else None
+        shown += [base] if isinstance(base, str) else base or []
+    files = space_files(list(dict.fromkeys(shown)))
+    with hub_errors(f"{repo_id}: "):
+        present = _open_space(api, repo_id, private)
+        # Before the code, which starts when it arrives.
+        wanted = {"HF_CSM_MODEL": shlex.join(models), "HF_CSM_REVISION": revision}
+        known = api.get_space_variables(repo_id)
+        for key, value in wanted.items():
+            if value is not None:
+                api.add_space_variable(repo_id, key, value)
+            elif key in known:
+                api.delete_space_variable(repo_id, key)
+        operations: list[Any] = [CommitOperationAdd(path, content) for path, content in files.items()]
+        stale = [path for path in present if path.split("/")[0] in PACKAGES and path not in files]
+        operations += [CommitOperationDelete(path) for path in stale]
+        api.create_commit(repo_id, operations, commit_message="Deploy hf-csm's app", repo_type="space")
+    return f"{api.endpoint}/spaces/{repo_id}"
+
+
+def space_files(models: Sequence[str]) -> dict[str, bytes]:
+    """Return what a Space needs to run, path and content of each file; its page links to `models`."""
+    files = {name: (SPACE / name).read_bytes() for name in APP_FILES}
+    _, front, text = files["README.md"].decode().split("---\n", 2)
+    front = yaml.safe_dump(yaml.safe_load(front) | {"models": list(models)}, sort_keys=False, allow_unicode=True)
+    files["README.md"] = f"---\n{front}---\n{text}".encode()
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*")):
+            name = path.relative_to(ROOT)
+            if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in name.parts):
+                files[name.as_posix()] = path.read_bytes()
+    return files
+
+
+def _open_space(api: Any, repo_id: str, private: bool) -> list[str]:
+    """Make the Space if need be, and return the names of its files."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.space_info(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private)
+        info = api.space_info(repo_id)
+    if private and not info.private:
+        raise UserError(f"{repo_id}: exists and is public.", "Make it private in its settings, or name another one.")
+    present = [sibling.rfilename for sibling in info.siblings]
+    if MARK not in present and set(present) - {".gitattributes", "README.md"}:
+        raise UserError(
+            f"{repo_id}: the Space exists and holds something else.", "Name another one; this one is left as it is."
+        )
+    return present
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the options and deploy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("space", metavar="USER/SPACE", help="made if it does not exist")
+    parser.add_argument("--model", nargs="+", required=True, metavar="USER/ADAPTER", help="what it speaks with")
+    parser.add_argument("--revision", help="branch, tag or commit of the model (default: main)")
+    parser.add_argument("--private", action="store_true", help="make a new Space private")
+    options = parser.parse_args(argv)
+    url = deploy(options.space, options.model, private=options.private, revision=options.revision)
+    print(f"{url} is being built. Choose its hardware there, and if the adapter is private add a secret HF_TOKEN.")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:])))
