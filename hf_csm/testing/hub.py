@@ -136,8 +136,9 @@ class LocalHub:
         before = [(module, name, getattr(module, name)) for module, name, _ in values]
         environment = dict(os.environ)
         try:
+            own = self.environment(home, token)
             os.environ.clear()
-            os.environ.update(self.environment(home, token))
+            os.environ.update(own)
             for module, name, value in values:
                 setattr(module, name, value)
             reset_sessions()  # they remember whether they are offline
