@@ -221,7 +221,7 @@ def conversations(folder: Path, num_slots: int = 8, num_frames: int = 250) -> No
     print(
         f"\n{num_slots} clients of one server at once, {seconds:.0f} s each in real time: the answer to a frame came"
     )
-    print(f"{1000 * median:.0f} ms after it (99 %: {1000 * p99:.0f} ms, worst: {1000 * worst:.0f} ms), of which")
+    print(f"came {1000 * median:.0f} ms after it (99 %: {1000 * p99:.0f} ms, worst: {1000 * worst:.0f} ms), of which")
     print(f"{1000 / FRAME_RATE:.0f} ms are the delay of the model.")
 
 

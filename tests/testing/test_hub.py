@@ -250,6 +250,7 @@ def test_the_client_is_left_as_it_was(tmp_path):
     before = (dict(os.environ), constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE)
     with LocalHub(tmp_path) as hub, hub.connected(tmp_path, token=None):
         assert hub.endpoint == constants.ENDPOINT and "HF_TOKEN" not in os.environ
+        assert os.environ["PATH"] == before[0]["PATH"]
     assert (dict(os.environ), constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE) == before
 
 
