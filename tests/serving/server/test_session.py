@@ -1,0 +1,453 @@
+import asyncio
+import json
+import socket
+import struct
+
+import numpy as np
+import pytest
+import sphn
+from aiohttp import WSMsgType
+
+from hf_csm.serving.limits import Limits
+from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
+
+
+SECOND = np.zeros(SAMPLE_RATE, dtype="<i2").tobytes()
+FRAME = np.zeros(SAMPLES_PER_FRAME, dtype="<i2").tobytes()
+QUICK = {"check_s": 0.02, "closing_s": 0.5}
+
+
+def run(test):
+    """Run it; whatever hangs is an error."""
+    asyncio.run(asyncio.wait_for(test, 25))
+
+
+async def closing(ws):
+    """Read to the close frame; return its code and reason."""
+    while (message := await ws.receive(timeout=10)).type in (WSMsgType.BINARY, WSMsgType.TEXT):
+        pass
+    assert message.type is WSMsgType.CLOSE, message
+    return message.data, message.extra
+
+
+async def events(ws, number):
+    """Read until so many JSON messages have come."""
+    found = []
+    while len(found) < number:
+        message = await ws.receive(timeout=10)
+        if message.type is WSMsgType.TEXT:
+            found.append(json.loads(message.data))
+    return found
+
+
+def through_opus(frames):
+    writer, reader = sphn.OpusStreamWriter(SAMPLE_RATE), sphn.OpusStreamReader(SAMPLE_RATE)
+    return [reader.append_bytes(writer.append_pcm(frame)) for frame in frames]
+
+
+def test_audio_and_text_as_moshis_server_sends_them(fake_speaker, serving):
+    async def test():
+        speaker = fake_speaker()
+        speaker.engine.texts[0].extend([17, 0, 3, 18])
+        audio = (0.1 * np.random.default_rng(0).normal(size=(12, SAMPLES_PER_FRAME))).astype(np.float32)
+        writer, reader = sphn.OpusStreamWriter(SAMPLE_RATE), sphn.OpusStreamReader(SAMPLE_RATE)
+        async with serving(speaker) as served, served.connect() as ws:
+            assert await ws.receive_bytes() == b"\x00"
+            for frame in audio:
+                await ws.send_bytes(b"\x01" + writer.append_pcm(frame))
+            kinds, texts, heard = [], [], []
+            while len(heard) < 11:
+                message = await ws.receive_bytes(timeout=5)
+                kinds.append(message[0])
+                if message[0] == 1:
+                    heard.append(reader.append_bytes(message[1:]))
+                else:
+                    texts.append(message[1:].decode())
+            assert kinds[:6] == [1, 2, 1, 1, 1, 2] and texts == [" w17", " w18"]
+            # What the engine heard and said came through one reader and one writer each.
+            np.testing.assert_array_equal(heard, through_opus(through_opus(audio))[:11])
+            assert served.count("sessions_active") == 1
+        assert served.count("sessions_total") == 1 and served.count("sessions_active") == 0
+        assert served.count("drops_total", reason="vanished") == 0
+
+    run(test())
+
+
+def test_pcm_both_ways_is_exact(fake_speaker, serving):
+    async def test():
+        samples = np.random.default_rng(0).integers(-30000, 30000, 3 * SAMPLES_PER_FRAME).astype("<i2")
+        stream = samples.tobytes()
+        async with serving(fake_speaker()) as served, served.connect("?audio=pcm") as ws:
+            await ws.receive_bytes()
+            for start in range(0, len(stream), 777):
+                await ws.send_bytes(b"\x01" + stream[start : start + 777])
+            heard = b"".join([(await ws.receive_bytes(timeout=5))[1:] for _ in range(2)])
+            difference = np.frombuffer(heard, "<i2").astype(int) - samples[: 2 * SAMPLES_PER_FRAME]
+            assert abs(difference).max() <= 1
+
+    run(test())
+
+
+def test_a_conversation_begins_clean_with_what_its_query_asks(fake_speaker, serving):
+    async def test():
+        speaker = fake_speaker()
+        async with serving(speaker, default_emotion="sad") as served:
+            for query in ("?emotion=happy&strength=0.5&seed=7", ""):
+                async with served.connect(query) as ws:
+                    assert await ws.receive_bytes() == b"\x00"
+                await served.until(lambda: served.server.scheduler.num_free == 1)
+        assert speaker.engine.calls[1:5] == [
+            ("reset", 0, 7),
+            ("steer", 0, "moody", "happy", 0.5),
+            ("reset", 0, None),
+            ("steer", 0, "moody", "sad", 1.0),
+        ]
+
+    run(test())
+
+
+def test_stock_clients_see_no_text_messages_and_others_are_told(fake_speaker, serving):
+    async def test():
+        async with serving(fake_speaker(2)) as served:
+            async with served.connect() as ws:
+                assert await ws.receive_bytes() == b"\x00"
+                await ws.send_bytes(b"\x01")  # no sound
+                with pytest.raises(asyncio.TimeoutError):
+                    await ws.receive(timeout=0.1)
+                await ws.send_str('{"type": "steer", "emotion": "sad"}')
+                (told,) = await events(ws, 1)
+                assert (told["type"], told["voice"], told["emotion"]) == ("steering", "moody", "sad")
+            async with served.connect("?events=1&emotion=happy") as ws:
+                assert await ws.receive_bytes() == b"\x00"
+                (told,) = await events(ws, 1)
+                assert told == {
+                    "type": "steering", "voice": "moody", "emotion": "happy", "strength": 1.0, "pending": None
+                }  # fmt: skip
+
+    run(test())
+
+
+def test_steering_waits_for_a_pause_of_moshi(fake_speaker, serving):
+    async def test():
+        speaker = fake_speaker()
+        speaker.engine.texts[0].extend([17, 18])
+        async with serving(speaker) as served, served.connect("?audio=pcm&events=1") as ws:
+            await ws.send_bytes(b"\x01" + 3 * FRAME)
+            await served.until(lambda: served.count("frames_total") == 3)
+            await ws.send_str('{"type": "steer", "emotion": "sad"}')
+            told = (await events(ws, 2))[-1]
+            assert told["emotion"] is None and told["pending"]["emotion"] == "sad"
+            await ws.send_bytes(b"\x01" + 6 * FRAME)
+            (told,) = await events(ws, 1)
+            assert told["emotion"] == "sad" and told["pending"] is None
+        at = speaker.engine.calls.index(("steer", 0, "moody", "sad", 1.0))
+        assert speaker.engine.calls[:at].count(("step", (0,))) == 9
+
+    run(test())
+
+
+@pytest.mark.parametrize("text", ["hello", '{"type": "steer", "emotion": "angry"}', "x" * 5000, "[" * 3000])
+def test_a_control_message_that_cannot_be_followed_is_answered_and_the_conversation_goes_on(
+    fake_speaker, serving, text
+):
+    async def test():
+        async with serving(fake_speaker()) as served, served.connect("?audio=pcm") as ws:
+            await ws.receive_bytes()
+            await ws.send_str(text)
+            (told,) = await events(ws, 1)
+            assert told["type"] == "error" and told["message"]
+            await ws.send_bytes(b"\x01" + 2 * FRAME)
+            assert (await ws.receive_bytes(timeout=5))[0] == 1
+
+    run(test())
+
+
+def test_unknown_kinds_and_empty_messages_are_counted_and_ignored(fake_speaker, serving):
+    async def test():
+        async with serving(fake_speaker()) as served, served.connect("?audio=pcm") as ws:
+            await ws.receive_bytes()
+            for message in (b"", b"\x00", b"\x02hello", b"\xff" * 100, b"\x01", b"\x01" + 2 * FRAME):
+                await ws.send_bytes(message)
+            assert (await ws.receive_bytes(timeout=5))[0] == 1
+            assert served.count("messages_ignored_total", reason="unknown_kind") == 3
+            assert served.count("messages_ignored_total", reason="empty") == 1
+
+    run(test())
+
+
+def test_the_next_one_is_told_that_all_slots_are_taken(fake_speaker, serving):
+    async def test():
+        async with serving(fake_speaker(2)) as served:
+            async with served.connect() as one, served.connect() as other:
+                assert await one.receive_bytes() == await other.receive_bytes() == b"\x00"
+                reason = "busy: all 2 conversations are taken; try again later"
+                async with served.connect() as third:
+                    assert await closing(third) == (1013, reason)
+                async with served.connect("?events=1") as third:
+                    assert await events(third, 1) == [{"type": "error", "message": reason}]
+                    assert await closing(third) == (1013, reason)
+                assert served.count("sessions_refused_total", reason="busy") == 2
+            async with served.connect() as ws:
+                assert await ws.receive_bytes(timeout=5) == b"\x00"
+
+    run(test())
+
+
+@pytest.mark.parametrize("query", ["?emotion=angry", "?strength=x", "?audio=mp3", "?seed=-1", "?voice=" + "ü" * 300])
+def test_a_query_that_cannot_be_is_refused_with_the_reason(fake_speaker, serving, query):
+    async def test():
+        async with serving(fake_speaker()) as served, served.connect(query) as ws:
+            code, reason = await closing(ws)
+            assert code == 1008 and reason
+            assert served.server.scheduler.num_free == 1
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("limits", "query", "messages", "code", "reason"),
+    [
+        ({}, "", [b"\x01" + b"\x1a\x45\xdf\xa3" * 20], 1007, "not Ogg Opus"),
+        ({"max_message_bytes": 1000}, "", [b"\x01" + bytes(1000)], 1009, "too large"),
+        ({"messages_burst": 20, "messages_per_s": 1}, "", [b"\x05"] * 30, 1008, "too many messages"),
+        ({"messages_burst": 20, "messages_per_s": 1}, "?audio=pcm", [b"\x01\0\0"] * 30, 1008, "too many messages"),
+        ({"messages_burst": 20, "messages_per_s": 1}, "", ["{}"] * 30, 1008, "too many messages"),
+        ({"max_conversation_s": 0.1}, "", [], 1008, "too long a conversation"),
+        ({"idle_s": 0.1}, "", [b"\x05"], 1008, "no audio for 0.1 seconds"),
+    ],
+)
+def test_beyond_a_limit_the_conversation_is_ended_with_the_reason(
+    fake_speaker, serving, limits, query, messages, code, reason
+):
+    async def test():
+        async with serving(fake_speaker(), Limits(**QUICK | limits)) as served, served.connect(query) as ws:
+            await ws.receive_bytes()
+            for message in messages:
+                await (ws.send_bytes if isinstance(message, bytes) else ws.send_str)(message)
+            found = await closing(ws)
+            assert found[0] == code and reason in found[1]
+            await served.until(lambda: served.server.scheduler.num_free == 1)
+            assert sum(served.count("drops_total", reason=label) for label in DROPS) == 1
+
+    run(test())
+
+
+DROPS = ("bad_audio", "bad_message", "too_fast", "too_long", "idle")
+
+
+def test_audio_in_many_messages_is_no_flood(fake_speaker, serving):
+    async def test():
+        limits = Limits(**QUICK, messages_burst=5, messages_per_s=1)
+        async with serving(fake_speaker(), limits) as served, served.connect("?audio=pcm") as ws:
+            for _ in range(100):
+                await ws.send_bytes(b"\x01" + FRAME)
+            for _ in range(100):
+                assert (await ws.receive_bytes(timeout=5))[0] in (0, 1)
+
+    run(test())
+
+
+def test_who_sends_faster_than_real_time_is_heard_whole_but_not_read_ahead(fake_speaker, serving):
+    async def test():
+        speaker = fake_speaker()
+        async with serving(speaker, Limits(**QUICK, max_backlog_s=1.0, max_unsent_s=60)) as served:
+            line = raw_request(served, "?audio=pcm", buffer=4096)
+            await served.until(lambda: served.server.scheduler.num_free == 0)
+            speaker.engine.gate.clear()
+            num_bytes = await asyncio.to_thread(send_until_it_blocks, line)
+            assert SAMPLE_RATE < num_bytes < 20 * SAMPLE_RATE  # of the 60 s that were offered
+            (session,) = served.server._sessions
+            assert session._lane._num_waiting <= 13
+            speaker.engine.gate.set()
+            await served.until(
+                lambda: served.count("frames_total") >= num_bytes // len(masked(b"\x01" + SECOND)) * 12.5
+            )
+            line.close()
+
+    def send_until_it_blocks(line):
+        line.settimeout(0.3)
+        stream, num_bytes = masked(b"\x01" + SECOND) * 60, 0
+        try:
+            while num_bytes < len(stream):
+                num_bytes += line.send(stream[num_bytes:])
+        except TimeoutError:
+            return num_bytes
+        raise AssertionError("all of it was read")
+
+    run(test())
+
+
+def raw_request(served, query="", buffer=None):
+    """Open a WebSocket by hand, on a socket that does not read by itself."""
+    line = socket.socket()
+    if buffer:
+        for way in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            line.setsockopt(socket.SOL_SOCKET, way, buffer)
+    line.settimeout(5)
+    line.connect(("127.0.0.1", served.port))
+    line.sendall(
+        f"GET /api/chat{query} HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n"
+        "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
+    )
+    return line
+
+
+def masked(payload, opcode=2):
+    """Return a client's frame, masked with zeros."""
+    size = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + struct.pack(">H", len(payload))
+    return bytes([0x80 | opcode]) + size + bytes(4) + payload
+
+
+def test_a_slow_reader_is_dropped_and_the_others_do_not_notice(fake_speaker, serving):
+    async def test():
+        speaker = fake_speaker(2)
+        limits = Limits(**QUICK, max_unsent_s=2.0)
+        async with serving(speaker, limits) as served:
+            line = raw_request(served, "?audio=pcm", buffer=4096)
+            await served.until(lambda: served.server.scheduler.num_free == 1)
+            async with served.connect("?audio=pcm") as good:
+                await good.receive_bytes()
+                sending = asyncio.create_task(asyncio.to_thread(send_much, line))
+                num_frames = 0
+                while not served.count("drops_total", reason="slow_reader"):
+                    await good.send_bytes(b"\x01" + FRAME)
+                    if num_frames:
+                        assert (await good.receive_bytes(timeout=1))[0] == 1
+                    num_frames += 1
+                assert num_frames > 5
+                assert served.server.scheduler.num_free == 1
+                await served.until(lambda: len(served.server._runner.server.connections) == 1)  # cut off
+                await sending
+            line.close()
+
+    def send_much(line):
+        try:
+            for _ in range(200):
+                line.sendall(masked(b"\x01" + 10 * FRAME))
+        except OSError:
+            pass
+
+    run(test())
+
+
+def test_who_vanishes_without_a_word_is_let_go(fake_speaker, serving):
+    async def test():
+        limits = Limits(**QUICK, ping_s=0.1, vanished_s=0.4)
+        async with serving(fake_speaker(2), limits) as served:
+            line = raw_request(served)  # never answers a ping
+            async with served.connect(autoping=True) as quiet:  # does, and says nothing else
+                await quiet.receive_bytes()
+                reading = asyncio.create_task(quiet.receive())
+                await served.until(lambda: served.count("drops_total", reason="vanished"))
+                await asyncio.sleep(0.5)
+                assert not reading.done() and served.server.scheduler.num_free == 1
+                reading.cancel()
+            assert b"\x89\x00" in line.recv(4096)  # it was asked
+            line.close()
+
+    run(test())
+
+
+def test_a_ping_is_answered(fake_speaker, serving):
+    async def test():
+        async with serving(fake_speaker()) as served, served.connect(autoping=False) as ws:
+            await ws.receive_bytes()
+            await ws.ping(b"there?")
+            message = await ws.receive(timeout=5)
+            assert (message.type, message.data) == (WSMsgType.PONG, b"there?")
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["close", "end", "reset", "in_a_frame", "in_the_backlog"])
+def test_an_aborted_connection_frees_its_slot(fake_speaker, serving, how):
+    async def test():
+        speaker = fake_speaker()
+        async with serving(speaker) as served:
+            line = raw_request(served, "?audio=pcm")
+            await served.until(lambda: served.server.scheduler.num_free == 0)
+            if how == "in_the_backlog":
+                speaker.engine.gate.clear()
+            line.sendall(masked(b"\x01" + 10 * FRAME))
+            if how == "close":
+                line.sendall(masked(struct.pack(">H", 1000), opcode=8))
+            elif how == "reset":
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif how == "in_a_frame":
+                line.sendall(masked(b"\x01" + FRAME)[:100])
+            line.close()
+            speaker.engine.gate.set()
+            await served.until(lambda: served.server.scheduler.num_free == 1)
+            async with served.connect() as ws:
+                assert await ws.receive_bytes(timeout=5) == b"\x00"
+
+    run(test())
+
+
+@pytest.mark.parametrize("attribute", ["failure", "reset_failure"])
+def test_a_failure_is_said_and_not_what_it_was(fake_speaker, serving, attribute):
+    async def test():
+        speaker = fake_speaker()
+        setattr(speaker.engine, attribute, RuntimeError("secret details"))
+        async with serving(speaker) as served, served.connect("?audio=pcm") as ws:
+            await ws.send_bytes(b"\x01" + FRAME)
+            assert await closing(ws) == (1011, "the server failed")
+            assert served.count("drops_total", reason="failed") == 1
+            assert served.server.scheduler.is_well == (attribute == "reset_failure")
+
+    run(test())
+
+
+def test_a_failure_of_the_opus_writer_ends_the_conversation(fake_speaker, serving):
+    class Panic(BaseException):
+        pass
+
+    def panic(audio):
+        raise Panic
+
+    async def test():
+        async with serving(fake_speaker()) as served, served.connect("?audio=pcm") as ws:
+            await ws.receive_bytes()
+            (session,) = served.server._sessions
+            session._audio.encode = panic
+            await ws.send_bytes(b"\x01" + 2 * FRAME)
+            assert await closing(ws) == (1011, "the server failed")
+            await served.until(lambda: served.server.scheduler.num_free == 1)
+
+    run(test())
+
+
+def test_compression_is_not_taken_up(fake_speaker, serving):
+    async def test():
+        async with serving(fake_speaker()) as served, served.connect(compress=15) as ws:
+            assert ws.compress == 0
+            assert await ws.receive_bytes() == b"\x00"
+
+    run(test())
+
+
+@pytest.mark.parametrize("frame", [b"\xf2\x80" + bytes(4), masked(b"\xff\xfe", 1), masked(b"", 3), masked(b"\0", 8)])
+def test_what_is_no_websocket_message_ends_the_conversation(fake_speaker, serving, frame):
+    async def test():
+        async with serving(fake_speaker()) as served:
+            line = raw_request(served)
+            await served.until(lambda: served.server.scheduler.num_free == 0)
+            line.sendall(frame)
+            await served.until(lambda: served.server.scheduler.num_free == 1)
+            line.close()
+
+    run(test())
+
+
+def test_who_never_reads_its_refusal_is_cut_off(fake_speaker, serving):
+    async def test():
+        async with serving(fake_speaker()) as served, served.connect() as ws:
+            await ws.receive_bytes()
+            lines = [raw_request(served) for _ in range(5)]
+            await served.until(lambda: served.count("sessions_refused_total", reason="busy") == 5)
+            await served.until(lambda: len(served.server._runner.server.connections) == 1)
+            for line in lines:
+                line.close()
+
+    run(test())
