@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from hf_csm.data.codec import encode_waveforms
-from hf_csm.export.native import consolidate
+from hf_csm.export.native import consolidate, export_native
 from hf_csm.models.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi import find_checkpoint, load_mimi, load_moshi
+from hf_csm.models.steering import Adapter, add_adapters
+from hf_csm.models.streaming import Engine
 from hf_csm.training.loop import train
 from hf_csm.training.metrics_log import read_metrics
 from hf_csm.units import SAMPLES_PER_FRAME
@@ -77,3 +79,46 @@ def test_a_run_on_the_gpu_learns_and_resumes(base, codes, tmp_path):
     resumed = [line["loss"] for line in read_metrics(tmp_path / "resumed" / "metrics.jsonl") if "loss" in line]
     assert straight[-1] < straight[0]
     assert resumed == pytest.approx(straight[3:], rel=1e-3)
+
+
+def talk(engine, slot, seed, num_frames=12):
+    """Return text and codes, `[T, 1 + Q]`, that a fresh conversation of noise gives in `slot`."""
+    engine.reset(slot)
+    noise = np.random.default_rng(seed).normal(scale=0.1, size=(num_frames, SAMPLES_PER_FRAME)).astype(np.float32)
+    said = [engine.step({slot: frame}).get(slot) for frame in noise]
+    return np.stack([[frame.text_token, *frame.codes] for frame in said if frame is not None])
+
+
+def test_the_engine_with_cuda_graphs_gives_what_it_gives_without(base):
+    from moshi.utils.compile import no_cuda_graph
+
+    lm, mimi = base.get_moshi(device="cuda", dtype=torch.float32), load_mimi(base, "cuda")
+    engine = Engine(lm, mimi, num_slots=2, use_sampling=False)
+    engine.warm_up()
+    graphed = [talk(engine, slot, slot) for slot in (0, 1)]
+    engine.close()
+    with no_cuda_graph():
+        engine = Engine(lm, mimi, num_slots=2, use_sampling=False)
+        plain = [talk(engine, slot, slot) for slot in (0, 1)]
+        engine.close()
+    assert np.array_equal(graphed, plain)
+
+
+def test_strengths_reach_cuda_graphs_that_were_captured_before(base, tmp_path):
+    model = add_lora(load_moshi(base), rank=4, alpha=8, target_modules="all-linear")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in adapter_parameters(model):
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    export_native(model, base, tmp_path / "adapter")
+    lm = base.get_moshi(device="cuda", dtype=torch.float32)
+    strengths = add_adapters(lm, [Adapter("mine", tmp_path / "adapter" / "lora.safetensors", 4, 2.0)], num_slots=1)
+    engine = Engine(lm, load_mimi(base, "cuda"), strengths=strengths, use_sampling=False)
+    engine.warm_up()
+    said = []
+    for strength in (0.0, 1.0, 0.0):
+        engine.set_strength(0, 0, strength)
+        said.append(talk(engine, 0, 0))
+    engine.close()
+    assert np.array_equal(said[0], said[2])
+    assert not np.array_equal(said[0], said[1])
