@@ -22,7 +22,7 @@ import yaml
 
 from hf_csm.data.terms import CorpusTerms
 from hf_csm.errors import UserError
-from hf_csm.export.card_text import MEASURES, body
+from hf_csm.export.card_text import LOSSES, MEASURES, body
 from hf_csm.export.emotions import EmotionControl, read_emotion_control
 from hf_csm.export.licences import LICENCE_FILE, Licence, licence_of, licence_text
 
@@ -171,17 +171,14 @@ def _eval_results(facts: CardFacts) -> list[Any]:
             task_type=PIPELINE_TAG,
             task_name="Spoken dialogue",
             dataset_type=tables.pop() if len(tables) == 1 else "mixture",
-            dataset_name=f"{titles}, validation split",
+            dataset_name=f"{' '.join(titles.split())}, validation split",
             dataset_split="validation",
             metric_type="loss",
-            metric_name=name,
-            metric_value=round(facts.evaluation[key], 6),
+            metric_name=f"Negative log likelihood in nats, {name}",
+            metric_value=round(facts.evaluation[f"eval_{key}"], 6),
         )
-        for key, name in (
-            ("eval_loss", "Weighted negative log likelihood, nats"),
-            ("eval_base_loss", "The same of the base model, nats"),
-        )
-        if key in facts.evaluation
+        for key, name in LOSSES.items()
+        if f"eval_{key}" in facts.evaluation
     ]
 
 

@@ -21,7 +21,7 @@ MEASURES = {
     "listening": "A listening test with people",
     "speed": "Real time on a GPU",
 }
-"""What a model can be measured by: `<name>.json`, an object of numbers, has the results. Without it, it was not run."""
+"""What a model can be measured by: `<name>.json`, an object of numbers, has the results. Otherwise it was not run."""
 LOSSES = {
     "loss": "all targets, weighted as in training",
     "text_words": "text: words",
@@ -66,7 +66,7 @@ def body(facts: CardFacts) -> str:
 
 def _introduction(facts: CardFacts) -> str:
     what = "whole weights: a LoRA adapter merged into" if facts.merged else "a LoRA adapter for"
-    step = f", step {facts.control.step:,}" if facts.control.step is not None else ""
+    step = f" (step {facts.control.step:,})" if facts.control.step is not None else ""
     known = f" It takes {_listing(facts.control.emotions)}." if facts.control.emotions else ""
     return (
         f"# {facts.repo_id.partition('/')[2]}\n\n"
@@ -117,8 +117,8 @@ def _emotions(facts: CardFacts) -> str:
         known = f"It knows {_listing(control.emotions)}." if control.emotions else "Which it knows was not recorded."
         text = (
             f"{known}\n\nOne is asked for by a prefix of Moshi's text stream, such as `{example}`: its tokens are "
-            "forced in the first frames, before Moshi says anything. `hf-csm serve`, `say` and `reply` do that. Moshi's "
-            "own server cannot force text: there the model speaks without being asked for an emotion."
+            "forced in the first frames, before Moshi says anything. `hf-csm serve`, `say` and `reply` do that. "
+            "Moshi's own server cannot force text: there the model speaks without being asked for an emotion."
         )
     elif control.emotions:
         text = f"It always speaks {control.emotions[0]}, without being asked; so it does on Moshi's own server."
@@ -158,10 +158,9 @@ def _data(facts: CardFacts) -> str:
     ]
     base = facts.base_license or "not known; see its page"
     is_other = facts.licence.id == "other"
-    result = "the terms in [LICENSE.md](LICENSE.md), all at once" if is_other else f"`{facts.licence.id}`"
-    commerce = "" if facts.licence.is_commercial else " It is not for commercial use."
-    if is_other:
-        commerce = " Take it as not for commercial use unless all of them allow that."
+    result = "all terms in [LICENSE.md](LICENSE.md) at once" if is_other else f"`{facts.licence.id}`"
+    against = ", ".join(dict.fromkeys(terms.title for terms in facts.corpora if "-nc" in terms.license))
+    commerce = f" It is not for commercial use, because of {against}." if against else ""
     return "\n".join(
         [
             "## Training data and what its licences mean",
@@ -218,7 +217,7 @@ def _measures(facts: CardFacts) -> str:
     for name, title in MEASURES.items():
         if results := facts.measured.get(name):
             text += [f"{title}:", "", "| measure | value |", "| --- | ---: |"]
-            text += [f"| {_cell(key)} | {value:g} |" for key, value in results.items()] + [""]
+            text += [f"| {_cell(key)} | {_value(value)} |" for key, value in results.items()] + [""]
     missing = [title for name, title in MEASURES.items() if not facts.measured.get(name)]
     if missing:
         text += ["Not measured, so nothing is known of it:", "", *(f"- {title}." for title in missing)]
@@ -232,19 +231,18 @@ def _samples(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    merged = "The weights" if facts.merged else "The adapter"
-    return f"""## Intended use and limits
+    return """## Intended use and limits
 
 For research on expressive spoken dialogue, and for trying out how a voice that carries emotion changes a conversation.
 
 - The emotion labels of acted corpora are instructions to actors. What people hear often differs, and acted emotion is
   stronger than what people show in conversation.
-- Emotions are put on, not felt: {merged.lower()} change how Moshi sounds and not what it understands.
+- Emotions are put on, not felt: what was trained is how Moshi sounds, not what it understands.
 - It does not recognise emotions. Nothing it says is a measure of how a person feels; do not judge people by it.
 - The voices it learned from are people's. Do not use it to imitate a person, or to deceive anyone about who speaks;
   tell people that they talk to a machine.
 - Do not use it to press on people's feelings to make them decide or pay.
-- All limits of {_base(facts)} hold: it makes things up, can be rude or biased, and knows mostly English.
+- The limits of the base model hold: it makes things up, can be rude or biased, and knows mostly English.
 - What was not measured, above, is not known."""
 
 
@@ -274,6 +272,10 @@ def _link(terms: CorpusTerms) -> str:
 
 def _listing(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _value(value: float | bool) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:g}"
 
 
 def _cell(text: str) -> str:

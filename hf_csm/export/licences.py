@@ -2,7 +2,8 @@
 
 Whether weights are a work derived from the recordings they were trained on is not settled. hf-csm decides for caution:
 an adapter is passed on as if it were made of its corpora. What a licence asks of material made from it, such as not to
-be sold, or to be shared alike, is asked of the adapter too. That is a decision of this project and no legal advice.
+be sold, or to be shared alike, is asked of the adapter too. What the Open Database License asks of databases only is
+not, since an adapter is none: its notice goes along. That is a decision of this project and no legal advice.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ LICENCE_FILE = "LICENSE.md"
 """Holds all terms where the Hub has no name for them together."""
 PERMISSIVE = frozenset(
     ("apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "cdla-permissive-1.0")
-    + ("cdla-permissive-2.0", "mit", "odc-by", "pddl", "unlicense", "wtfpl")
+    + ("cdla-permissive-2.0", "mit", "odbl", "odc-by", "pddl", "unlicense", "wtfpl")
 )
-"""What is under these may be passed on under other terms, with its notice."""
+"""What is made of material under these may be passed on under other terms, with their notice."""
 _CREATIVE_COMMONS = re.compile(r"cc-(by(?:-nc)?(?:-sa|-nd)?)-[\d.]+")
 _CLAUSES = {
     "by": "name its authors and say what was changed",
@@ -45,11 +46,6 @@ class Licence:
     id: str
     name: str | None = None
     link: str | None = None
-
-    @property
-    def is_commercial(self) -> bool:
-        """Whether nothing that is stated forbids commercial use."""
-        return self.id != "other" and "-nc" not in self.id
 
 
 def with_stated(corpora: Sequence[CorpusTerms], stated: Mapping[str, str]) -> list[CorpusTerms]:
@@ -111,6 +107,7 @@ def check_licences(
                 "not be passed on.",
                 "Push with --private, or train without that corpus.",
             )
+    _check_share_alike([terms for terms in corpora if terms.corpus not in cleared], repo_id)
 
 
 def licence_of(corpora: Sequence[CorpusTerms], base_license: str | None = None) -> Licence:
@@ -119,16 +116,29 @@ def licence_of(corpora: Sequence[CorpusTerms], base_license: str | None = None) 
     Args:
         base_license: licence id of the base model; None if it is not known.
     """
-    ids = {_id_of(terms) for terms in corpora} | (
-        {base_license} if base_license not in (None, *UNSTATED_LICENSES) else set()
-    )
-    named = sorted((str(id_) for id_ in ids), key=lambda id_: (len(_clauses(id_)), id_), reverse=True)
+    if not corpora:
+        return Licence("other", "unstated", LICENCE_FILE)
+    ids = {_id_of(terms) for terms in corpora}
+    if base_license is not None and base_license not in UNSTATED_LICENSES:
+        ids.add(base_license)
+    named = sorted(ids, key=lambda id_: (len(_clauses(id_)), id_), reverse=True)
     for strictest in named:
         if not strictest.endswith("-terms") and all(_fits_under(other, strictest) for other in named):
             return Licence(strictest)
-    if not named:
-        return Licence("other", "unstated", LICENCE_FILE)
-    return Licence("other", "-and-".join(sorted(named)), LICENCE_FILE)
+    kept = [id_ for id_ in ids if not any(_fits_under(id_, other) for other in ids - {id_})]
+    return Licence("other", "-and-".join(sorted(kept)), LICENCE_FILE)
+
+
+def _check_share_alike(corpora: Sequence[CorpusTerms], repo_id: str) -> None:
+    for terms in corpora:
+        for other in corpora:
+            if "sa" in _clauses(terms.license) and not _fits_under(other.license, terms.license):
+                raise UserError(
+                    f"{repo_id}: {terms.title} asks that what is made of it is under {terms.license}; {other.title}, "
+                    f"which the adapter learned from too, under {other.license}, does not allow that.",
+                    f"Push with --private, train without one of them, or if you have leave, add --terms-allow "
+                    f"{terms.corpus}.",
+                )
 
 
 def meaning(terms: CorpusTerms) -> str:
@@ -143,8 +153,8 @@ def meaning(terms: CorpusTerms) -> str:
         return f"{'; '.join(_CLAUSES[clause] for clause in clauses)}.".capitalize()
     if terms.license == "odbl":
         return (
-            "Keep its notice; databases made of it are shared alike. Commercial use is allowed. This project takes an "
-            "adapter for something made with the database, not for a database."
+            "Keep its notice. Databases made of it are shared alike; an adapter is taken for something made with the "
+            "database, and is none."
         )
     if _is_unstated(terms):
         return "Nobody has stated its terms: ask its owner before you use or pass on the adapter."
