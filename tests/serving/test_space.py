@@ -193,7 +193,7 @@ def test_a_revision_needs_one_model_and_a_push_a_token(deployed, hub, monkeypatc
 
 
 CLIENT = """
-import os, sys, torch
+import os, socket, sys, torch
 torch.set_num_threads(1)
 import app
 from gradio_client import Client, handle_file
@@ -203,7 +203,10 @@ for package in (hf_csm, dataset_builders):
 from hf_csm.serving import offline
 offline.MAX_FADING_S = 0.24
 page = app.build_app()
-page.launch(server_name="127.0.0.1", server_port=0, prevent_thread_lock=True, quiet=True)
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
 client = Client(page.local_url, verbose=False)
 sound, text, base_sound, base_text = client.predict("hello", 1.0, 0, api_name="/say_happy")
 assert text == base_text == "hello", (text, base_text)
