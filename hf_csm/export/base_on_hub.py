@@ -38,7 +38,13 @@ class HubBase:
 
 
 def find_base(
-    api: HfApi, config: Mapping[str, Any], name_or_path: str, revision: str | None, base_model: str | None
+    api: HfApi,
+    config: Mapping[str, Any],
+    name_or_path: str,
+    revision: str | None,
+    base_model: str | None,
+    *,
+    merged: bool = False,
 ) -> HubBase:
     """Return the base of an adapter on the Hub.
 
@@ -47,6 +53,7 @@ def find_base(
         name_or_path: of the base, as the run knew it.
         revision: of the base, if one was asked for.
         base_model: repository that has the same files, for a base that is a local folder.
+        merged: the weights of the base go with the adapter, so what becomes of them on the Hub does not matter.
 
     Raises:
         UserError: the base is on this machine only, is not the one that is named, or has changed on the Hub.
@@ -65,6 +72,8 @@ def find_base(
         card = api.model_info(repo_id).card_data
         if is_local:
             names = _same_on_hub(api, repo_id, names)
+        elif merged:
+            names.pop("moshi_name", None)
         for repo in sorted({_split(name)[0] for name in names.values()}):
             own = [_split(name)[1] for name in names.values() if _split(name)[0] == repo]
             _check_served(api, repo, own, revision if repo == repo_id and not is_local else None)

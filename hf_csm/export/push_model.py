@@ -101,7 +101,7 @@ def push_model(
     config = _read_json(trained.native / CONFIG_NAME)
     if trained.adapter is not None:
         check_adapter(trained)
-    base = find_base(api, config, trained.base, trained.base_revision, base_model)
+    base = find_base(api, config, trained.base, trained.base_revision, base_model, merged=is_merged)
     target = Target(repo_id, "model", PATTERNS, private, revision)
     with hub_errors(f"{repo_id}: "):
         present = open_repository(api, target, partial(check_same_model, repo_id, base.repo_id, is_merged))
@@ -219,17 +219,15 @@ def staging_folder(checkpoint: Path) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except BlockingIOError as error:
-            raise UserError(f"{checkpoint} is being pushed by another process.", "Wait until that is done.") from error
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(f"{checkpoint} is being pushed by another process.", "Wait until that is done.") from error
+    try:
         _empty(folder)
         yield folder
-        shutil.rmtree(folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.utils import http_backoff, reset_sessions
+from huggingface_hub.utils import reset_sessions
 
 from hf_csm.data.corpus import all_builders
 from hf_csm.data.hub import find_table
@@ -13,21 +13,12 @@ from hf_csm.data.schema import UTTERANCE_FEATURES, WINDOW_FEATURES
 from hf_csm.data.table import ShardWriter, SplitInfo, read_card_metadata, write_card
 from hf_csm.errors import UserError
 from hf_csm.export.push_table import push_table, table_files
-from hf_csm.testing.hub import LocalHub
 
 
 BUILDERS = {builder.NAME: builder for builder in all_builders()}
 NOTICE = BUILDERS["ravdess"].NOTICE
 WINDOW = {"id": "w", "split": "train", "emotion": 0, "speaker_id": "s", "codes": [[[1, 2]]] * 2, "num_frames": 2}
 UTTERANCE = {"id": "u", "split": "train", "emotion": 0, "speaker_id": "s", "text": "secret words"}
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    for wait in ("base_wait_time", "max_wait_time"):
-        monkeypatch.setitem(http_backoff.__kwdefaults__, wait, 0)
-    with LocalHub(tmp_path / "hub") as running, running.connected(tmp_path / "home"):
-        yield running
 
 
 @pytest.fixture

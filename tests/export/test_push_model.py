@@ -1,0 +1,474 @@
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import soundfile
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.utils import reset_sessions
+from safetensors.torch import load_file
+
+from hf_csm import cli
+from hf_csm.config_parser import parse_run_config
+from hf_csm.data.terms import CorpusTerms, write_corpora
+from hf_csm.errors import UserError
+from hf_csm.export.native import export_checkpoint
+from hf_csm.export.push_model import push_model, staging_folder
+from hf_csm.models.lora import load_adapter, read_adapter
+from hf_csm.models.moshi import find_checkpoint, load_moshi
+
+
+BASE = "kyutai/tiny"
+RAVDESS = CorpusTerms("ravdess", "RAVDESS", "cc-by-nc-sa-4.0", num_windows=4)
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "lora.safetensors"}
+BESIDE = {"README.md", "LICENSE.md", "config.json", "config.yaml", "corpora.json", "emotions.json", "loss.png"} | {
+    "metrics.jsonl"
+}
+
+
+def remote_files(repo_id, revision=None):
+    return set(HfApi().list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+
+
+def remote_oids(repo_id):
+    tree = HfApi().list_repo_tree(repo_id, recursive=True)
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree}
+
+
+def remote_json(repo_id, name, revision=None):
+    return json.loads((snapshot(repo_id, revision) / name).read_text())
+
+
+def snapshot(repo_id, revision=None):
+    return Path(snapshot_download(repo_id, revision=revision))
+
+
+def puts(hub):
+    return [request for request in hub.requests if request.startswith("PUT /lfs/")]
+
+
+def leftovers(run):
+    return [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_pushed_is_found_on_a_clean_cache_serves_and_loads_with_peft(hub, base_on_hub, run, tmp_path):
+    assert push_model(run / "best", "user/happy") == f"{hub.endpoint}/user/happy"
+    assert remote_files("user/happy") <= BESIDE | ADAPTER_FILES and remote_files("user/happy") >= ADAPTER_FILES
+    assert not leftovers(run)
+    with hub.connected(tmp_path / "another home"):
+        found = find_checkpoint("user/happy")
+        assert found.lora_weights is not None and "another home" in str(found.moshi_weights)
+        served = found.get_moshi(dtype=torch.float32, fuse_lora=False)
+        folder = snapshot_download("user/happy")
+        loaded = peft.PeftModel.from_pretrained(load_moshi(find_checkpoint(BASE), dtype=torch.float32).lm, folder)
+    codes = torch.randint(100, (1, 17, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = served(codes), loaded.eval()(codes)
+    torch.testing.assert_close(one.text_logits[one.text_mask], other.text_logits[other.text_mask])
+    torch.testing.assert_close(one.logits[one.mask], other.logits[other.mask])
+    trained = load_file(run / "checkpoint_000010" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(weight, trained[name]) for name, weight in read_adapter(folder)[1].items())
+
+
+def test_the_card_and_what_goes_with_it_say_what_was_trained(hub, base_on_hub, run):
+    push_model(run / "best", "user/happy")
+    info = HfApi().model_info("user/happy")
+    assert info.card_data.base_model == BASE and info.card_data.license == "cc-by-nc-sa-4.0"
+    assert remote_json("user/happy", "emotions.json")["base_model"] == BASE
+    assert remote_json("user/happy", "corpora.json")[0]["corpus"] == "ravdess"
+    assert (snapshot("user/happy") / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    assert (snapshot("user/happy") / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_place_on_this_machine_is_published(hub, base_on_hub, local_run, tiny_moshi):
+    push_model(local_run / "best", "user/happy", base_model=BASE)
+    for path in snapshot("user/happy").rglob("*"):
+        if path.is_file() and path.suffix not in (".png",):
+            content = path.read_bytes()
+            assert b"/tmp" not in content and str(tiny_moshi).encode() not in content, path
+            assert b"file://" not in content
+    config = snapshot("user/happy") / "config.yaml"
+    options = parse_run_config(["--config", str(config)])
+    assert options.dataset.sources[0].path == "ravdess" and options.run_dir == "run"
+    assert options.moshi_paths.hf_repo_id == BASE
+
+
+def test_merged_weights_are_those_of_the_trained_model(hub, base_on_hub, run):
+    push_model(run / "checkpoint_000005", "user/merged", merged=True)
+    assert remote_files("user/merged") <= BESIDE | {"model.safetensors"}
+    assert not leftovers(run)
+    found = find_checkpoint("user/merged")
+    assert found.lora_weights is None
+    pulled = load_moshi(found, dtype=torch.float32).lm.state_dict()
+    model = load_adapter(load_moshi(find_checkpoint(BASE), dtype=torch.float32), run / "checkpoint_000005" / "adapter")
+    expected = model.lm.merge_and_unload().state_dict()
+    for name, weight in pulled.items():
+        torch.testing.assert_close(weight, expected[name].bfloat16().float(), rtol=0, atol=0)
+    assert remote_json("user/merged", "config.json")["mimi_name"] == f"hf://{BASE}/mimi.safetensors"
+    assert remote_json("user/merged", "config.json")["moshi_name"] == "model.safetensors"
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_export_is_pushed_as_its_checkpoint_is(hub, base_on_hub, run, tmp_path, merged):
+    push_model(run / "best", "user/run", merged=merged)
+    export = export_checkpoint(run / "best", tmp_path / "export", merged=merged, dtype=torch.float32)
+    push_model(export, "user/export")
+    for name in {"model.safetensors"} if merged else ADAPTER_FILES - {"adapter_config.json"}:
+        assert remote_oids("user/export")[name] == remote_oids("user/run")[name]
+    assert remote_json("user/export", "config.json") == remote_json("user/run", "config.json")
+    assert remote_json("user/export", "emotions.json") == remote_json("user/run", "emotions.json")
+
+
+def test_samples_of_the_model_go_along(hub, base_on_hub, run):
+    (run / "samples").mkdir()
+    soundfile.write(run / "samples" / "trained_happy.wav", np.zeros(2400), 24000)
+    (run / "samples" / "notes.txt").write_text("not a clip")
+    push_model(run / "best", "user/happy")
+    assert [name for name in remote_files("user/happy") if "/" in name] == ["samples/trained_happy.wav"]
+
+
+@pytest.mark.parametrize("name, channels", [("03-01-03-01-01-01-01.wav", 1), ("1001_DFA_HAP_XX.wav", 1), ("a.wav", 2)])
+def test_a_clip_that_may_be_of_a_corpus_is_refused(hub, base_on_hub, run, name, channels):
+    (run / "samples").mkdir()
+    soundfile.write(run / "samples" / name, np.zeros((2400, channels)), 24000)
+    with pytest.raises(UserError, match=name) as error:
+        push_model(run / "best", "user/happy")
+    assert "generate_samples.py" in error.value.remedy
+    assert not puts(hub) and not remote_files("user/happy") and not leftovers(run)
+
+
+def test_pushing_again_changes_nothing_and_another_checkpoint_replaces_it(hub, base_on_hub, run):
+    push_model(run / "checkpoint_000005", "user/happy")
+    before, num_puts = HfApi().model_info("user/happy").sha, len(puts(hub))
+    push_model(run / "checkpoint_000005", "user/happy")
+    assert HfApi().model_info("user/happy").sha == before and len(puts(hub)) == num_puts
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="user/happy")
+    (run / "metrics.jsonl").unlink()
+    push_model(run / "best", "user/happy")
+    assert remote_json("user/happy", "emotions.json")["step"] == 10
+    assert "notes.txt" in remote_files("user/happy")
+    assert not {"metrics.jsonl", "loss.png"} & remote_files("user/happy")
+
+
+def test_a_revision_is_a_branch_of_its_own(hub, base_on_hub, run):
+    push_model(run / "checkpoint_000005", "user/happy")
+    url = push_model(run / "best", "user/happy", revision="v2")
+    assert url.endswith("/user/happy/tree/v2")
+    assert remote_json("user/happy", "emotions.json")["step"] == 5
+    assert remote_json("user/happy", "emotions.json", "v2")["step"] == 10
+
+
+def test_the_number_of_requests_does_not_grow_with_the_checkpoint(hub, base_on_hub, run):
+    push_model(run / "best", "user/happy")
+    assert len(hub.requests) <= 30, hub.requests
+    hub.requests.clear()
+    push_model(run / "best", "user/happy")
+    assert len(hub.requests) <= 15, hub.requests
+
+
+# What is refused
+
+
+def test_a_base_on_this_machine_only_is_refused_until_its_like_on_the_hub_is_named(hub, base_on_hub, local_run):
+    with pytest.raises(UserError, match="nobody else has") as error:
+        push_model(local_run / "best", "user/happy")
+    assert "--base-model USER/NAME" in error.value.remedy and not HfApi().repo_exists("user/happy")
+    push_model(local_run / "best", "user/happy", base_model=BASE)
+    assert remote_json("user/happy", "config.json")["moshi_name"] == f"hf://{BASE}/model.safetensors"
+    assert remote_json("user/happy", "adapter_config.json")["base_model_name_or_path"] == BASE
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_base_that_is_not_the_one_trained_on_is_refused(hub, base_on_hub, local_run, run, tiny_moshi, merged):
+    api = HfApi()
+    api.create_repo("user/other")
+    api.upload_folder(repo_id="user/other", folder_path=tiny_moshi)
+    weights = bytearray((tiny_moshi / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    api.upload_file(repo_id="user/other", path_or_fileobj=bytes(weights), path_in_repo="model.safetensors")
+    with pytest.raises(UserError, match="no file that is the same as .*model.safetensors"):
+        push_model(local_run / "best", "user/happy", base_model="user/other", merged=merged)
+    with pytest.raises(UserError, match="was trained on kyutai/tiny, not on user/other"):
+        push_model(run / "best", "user/happy", base_model="user/other", merged=merged)
+    with pytest.raises(UserError, match="user/none, the base model: the Hub has no such repository"):
+        push_model(local_run / "best", "user/happy", base_model="user/none", merged=merged)
+    assert not api.repo_exists("user/happy")
+
+
+def test_a_base_that_has_changed_since_is_refused_for_an_adapter_and_merged_as_it_was(hub, base_on_hub, run):
+    trained_on = HfApi().model_info(BASE).sha
+    path = run / "checkpoint_000010" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": trained_on}))
+    push_model(run / "best", "user/before")
+    assert remote_json("user/before", "emotions.json")["base_revision"] == trained_on
+    content = bytearray((find_checkpoint(BASE).moshi_weights).read_bytes())
+    content[-1] ^= 1
+    api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
+    api.upload_file(repo_id=BASE, path_or_fileobj=bytes(content), path_in_repo="model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors is not what it was at") as error:
+        push_model(run / "best", "user/happy")
+    assert "--merged" in error.value.remedy
+    push_model(run / "best", "user/happy", merged=True)
+
+
+ESD = CorpusTerms("esd", "ESD", "other", num_windows=4)
+MINE = CorpusTerms("mine", "My voices", "unknown", num_windows=4)
+
+
+@pytest.mark.parametrize(
+    "corpora, problem, remedy",
+    [
+        ([RAVDESS, ESD], "learned from ESD", "--private"),
+        ([MINE], "whose licence nobody has stated", "--license-of mine=ID"),
+        (None, "nothing says whose speech", "--private"),
+    ],
+)
+def test_what_a_licence_forbids_or_nobody_states_is_pushed_to_private_repositories_only(
+    hub, base_on_hub, run, corpora, problem, remedy
+):
+    (run / "corpora.json").unlink()
+    if corpora is not None:
+        write_corpora(corpora, run)
+    with pytest.raises(UserError, match=problem) as error:
+        push_model(run / "best", "user/happy")
+    assert remedy in error.value.remedy and not HfApi().repo_exists("user/happy")
+    push_model(run / "best", "user/happy", private=True)
+    assert HfApi().model_info("user/happy").private
+
+
+def test_a_licence_that_the_user_states_is_the_one_of_the_card(hub, base_on_hub, run):
+    write_corpora([MINE], run)
+    push_model(run / "best", "user/happy", stated={"mine": "cc-by-nc-4.0"})
+    assert HfApi().model_info("user/happy").card_data.license == "cc-by-nc-4.0"
+    assert remote_json("user/happy", "corpora.json")[0]["license"] == "cc-by-nc-4.0"
+
+
+def make_table(api):
+    api.create_repo("user/taken")
+    api.upload_file(repo_id="user/taken", path_or_fileobj=b"PAR1", path_in_repo="data/train/happy.parquet")
+
+
+def make_foreign(api):
+    api.create_repo("user/taken")
+    api.upload_file(repo_id="user/taken", path_or_fileobj=b"weights", path_in_repo="pytorch_model.bin")
+
+
+def make_broken(api):
+    api.create_repo("user/taken")
+    api.upload_file(repo_id="user/taken", path_or_fileobj=b"[1", path_in_repo="emotions.json")
+
+
+@pytest.mark.parametrize(
+    "make, what",
+    [(make_table, "a table"), (make_foreign, "something other than a model"), (make_broken, "something other")],
+)
+def test_a_repository_with_something_else_is_left_alone(hub, base_on_hub, run, make, what):
+    make(HfApi())
+    before = HfApi().model_info("user/taken").sha
+    for revision in (None, "branch"):
+        with pytest.raises(UserError, match=f"exists and holds {what}") as error:
+            push_model(run / "best", "user/taken", revision=revision)
+        assert "Name another one" in error.value.remedy
+    assert HfApi().model_info("user/taken").sha == before
+    assert [branch.name for branch in HfApi().list_repo_refs("user/taken").branches] == ["main"]
+
+
+def test_adapter_and_merged_model_and_those_of_other_bases_do_not_replace_each_other(hub, base_on_hub, run, local_run):
+    api = HfApi()
+    push_model(run / "best", "user/adapter")
+    push_model(run / "best", "user/merged", merged=True)
+    with pytest.raises(UserError, match="holds an adapter of kyutai/tiny"):
+        push_model(run / "best", "user/adapter", merged=True)
+    with pytest.raises(UserError, match="holds a merged model of kyutai/tiny"):
+        push_model(run / "best", "user/merged")
+    api.create_repo("user/same-base")
+    api.upload_folder(repo_id="user/same-base", folder_path=find_checkpoint(BASE).moshi_weights.parent)
+    with pytest.raises(UserError, match="holds an adapter of kyutai/tiny"):
+        push_model(local_run / "best", "user/adapter", base_model="user/same-base")
+
+
+@pytest.mark.parametrize(
+    "who, repo_id, problem, remedy",
+    [
+        ("user", "happy", "not the name of a Hub repository", "USER/NAME"),
+        ("user", "another/happy", "your token may not do this", "token that may write"),
+        ("reader", "user/happy", "your token may not do this", "token that may write"),
+        ("nobody", "user/happy", "you are not logged in", "hf auth login"),
+        ("hf_wrong", "user/happy", "does not accept your token", "hf auth login"),
+    ],
+)
+def test_who_may_not_push_is_told_why_in_two_lines(
+    hub, base_on_hub, run, tmp_path, capsys, who, repo_id, problem, remedy
+):
+    tokens = {"user": hub.token, "reader": hub.add_user("user", can_write=False), "nobody": None}
+    token = tokens.get(who, who)
+    with hub.connected(tmp_path / "home", token):
+        assert cli.main(["push", str(run / "best"), "--repo-id", repo_id]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]
+    assert len(lines) == 2 and problem in lines[0] and remedy in lines[1]
+    assert token is None or token not in "".join(lines)
+
+
+def lose_weights(checkpoint):
+    (checkpoint / "consolidated" / "lora.safetensors").unlink()
+
+
+def swap_weights(checkpoint):
+    another = checkpoint.parent / "checkpoint_000005" / "consolidated" / "lora.safetensors"
+    shutil.copy(another, checkpoint / "consolidated")
+
+
+def cut_adapter(checkpoint):
+    path = checkpoint / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage, problem",
+    [
+        (lose_weights, "missing, damaged or cut short"),
+        (swap_weights, "is not the adapter that is in"),
+        (cut_adapter, "damaged or cut short"),
+        (empty, "neither a checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_made(hub, base_on_hub, run, damage, problem):
+    damage(run / "checkpoint_000010")
+    with pytest.raises(UserError, match=problem):
+        push_model(run / "checkpoint_000010", "user/happy")
+    assert not HfApi().repo_exists("user/happy")
+
+
+def test_two_pushes_of_one_checkpoint_do_not_mix(hub, base_on_hub, run):
+    with staging_folder(run / "checkpoint_000010"), pytest.raises(UserError, match="by another process"):
+        push_model(run / "best", "user/happy")
+    push_model(run / "best", "user/happy")
+
+
+# The token
+
+
+@pytest.mark.parametrize("failing", [None, 403, 500, "cut"])
+def test_the_token_is_never_printed_logged_or_written(hub, base_on_hub, run, tmp_path, capfd, caplog, failing):
+    caplog.set_level(logging.DEBUG)
+    if failing is not None:
+        hub.fail_after(8, status=None if failing == "cut" else failing)
+    assert cli.main(["push", str(run / "best"), "--repo-id", "user/happy"]) == (0 if failing is None else 1)
+    with suppress(UserError):
+        cli.main(["push", str(run / "best"), "--repo-id", "user/happy", "--debug"])
+    said = "".join(capfd.readouterr()) + caplog.text
+    assert "user/happy" in said and hub.token not in said
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or hub.token.encode() not in path.read_bytes(), path
+
+
+# Interruptions
+
+
+def test_an_upload_that_the_server_cuts_is_completed_by_the_next_push(hub, base_on_hub, run):
+    push_model(run / "best", "user/reference")
+    hub.fail_after(1, "PUT")
+    with pytest.raises(UserError, match="cannot be reached") as error:
+        push_model(run / "checkpoint_000005", "user/happy")
+    assert "what has arrived is kept" in error.value.remedy and not remote_files("user/happy")
+    hub.recover()
+    num_cut = len(puts(hub))
+    push_model(run / "checkpoint_000005", "user/happy")
+    assert len(puts(hub)) - num_cut == 2  # of the plot and two files of weights, one had arrived
+
+
+@pytest.mark.slow
+def test_every_place_where_a_push_can_break_leaves_it_to_the_next_one(hub, base_on_hub, run):
+    push_model(run / "best", "user/reference")
+    num_requests = len(hub.requests)
+    for num_served in range(0, num_requests, 2):
+        hub.fail_after(num_served)
+        with pytest.raises(UserError):
+            push_model(run / "best", "user/cut")
+        hub.recover()
+        push_model(run / "best", "user/cut")
+        assert HfApi().model_info("user/cut").card_data.base_model == BASE
+        assert remote_files("user/cut") == remote_files("user/reference") and not leftovers(run)
+        HfApi().delete_repo("user/cut")
+
+
+class Killing(list):
+    """Kills a process when the hub hears so many requests."""
+
+    def __init__(self, pid, num_requests):
+        super().__init__()
+        self.pid, self.num_requests = pid, num_requests
+
+    def append(self, request):
+        super().append(request)
+        if len(self) == self.num_requests:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def push_and_kill(hub, checkpoint, repo_id, merged, *, after_requests=None, after_s=None):
+    """Push in a process of its own that is killed; return its exit status, 0 if it was faster."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        reset_sessions()  # connections are the parent's
+        try:
+            push_model(checkpoint, repo_id, merged=merged)
+            status = 0
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    hub.requests = []
+    if after_s is None:
+        hub.requests = Killing(pid, after_requests)
+    else:
+        time.sleep(after_s)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merged, num_moments", [(False, 10), (True, 6)])
+def test_a_push_that_is_killed_at_random_moments_is_completed_by_the_next_one(
+    hub, base_on_hub, run, merged, num_moments
+):
+    chance = random.Random(0)
+    for repo_id in ("user/first", "user/reference"):  # the first one fetches the base
+        hub.requests = []
+        start = time.perf_counter()
+        push_model(run / "best", repo_id, merged=merged)
+        duration_s, num_requests = time.perf_counter() - start, len(hub.requests)
+    moments = [{"after_requests": k} for k in chance.sample(range(1, num_requests + 1), num_moments // 2)]
+    moments += [{"after_s": chance.uniform(0, duration_s)} for _ in range(num_moments // 2)]
+    killed = []
+    for number, moment in enumerate(moments):
+        repo_id = f"user/killed-{number}"
+        status = push_and_kill(hub, run / "best", repo_id, merged, **moment)
+        assert status in (0, -signal.SIGKILL), (status, moment)
+        killed.append(status != 0)
+        hub.requests = []
+        if HfApi().repo_exists(repo_id):  # all is there, or nothing
+            assert remote_files(repo_id) in (set(), remote_files("user/reference"))
+        push_model(run / "best", repo_id, merged=merged)
+        differing = {path for path, oid in remote_oids(repo_id).items() ^ remote_oids("user/reference").items()}
+        assert differing == {"README.md"}  # which says the name
+        card = (snapshot(repo_id) / "README.md").read_text()
+        assert card.replace(f"killed-{number}", "reference") == (snapshot("user/reference") / "README.md").read_text()
+        assert not leftovers(run)
+    assert all(killed[: num_moments // 2]) and sum(killed) > num_moments // 2 + 1, killed
