@@ -23,7 +23,7 @@ from moshi.models.lm import LMModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_csm.data.terms import CORPORA_NAME
+from hf_csm.data.terms import CORPORA_NAME, read_corpora, write_corpora
 from hf_csm.errors import UserError
 from hf_csm.export.emotions import read_emotion_control, write_emotion_control
 from hf_csm.models.lora import (
@@ -273,9 +273,9 @@ def export_checkpoint(
             verify_native(beside, model, base)
         control = dataclasses.replace(control, base_model=base.name_or_path, base_revision=base.revision)
         write_emotion_control(control, beside)
-        corpora = (folder if adapter == folder else folder.resolve().parent) / CORPORA_NAME
-        if corpora.is_file():  # runs of before did not write it
-            shutil.copyfile(corpora, beside / CORPORA_NAME)
+        run_dir = folder if adapter == folder else folder.resolve().parent
+        if (run_dir / CORPORA_NAME).is_file():  # runs of before did not write it
+            write_corpora(read_corpora(run_dir), beside)
     return out
 
 

@@ -142,6 +142,7 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{folder} loads through moshi and agrees with the checkpoint. Serve it with:")
     weights = "" if options.merged else f" --lora-weight {folder / 'lora.safetensors'}"
     print(f"python -m moshi.server --config-path {folder / 'config.json'}{weights}")
+    print(f"or, with emotions: hf-csm serve {folder}")
 
 
 def _say(options: argparse.Namespace) -> None:

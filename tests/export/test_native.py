@@ -8,7 +8,10 @@ from huggingface_hub import HfApi
 from moshi.models import loaders
 from safetensors.torch import load_file, save_file
 
+from hf_csm.cli import main
+from hf_csm.data.terms import read_corpora
 from hf_csm.errors import UserError
+from hf_csm.export.emotions import EmotionControl, read_emotion_control
 from hf_csm.export.native import (
     ExportError,
     check_native_keys,
@@ -17,6 +20,7 @@ from hf_csm.export.native import (
     serving_config,
     verify_native,
 )
+from hf_csm.export.push_model import push_model
 from hf_csm.models.lora import adapter_parameters, add_lora, linear_paths, load_adapter, save_adapter
 from hf_csm.models.moshi import find_checkpoint, load_moshi
 from hf_csm.testing.hub import LocalHub
@@ -231,3 +235,43 @@ def test_a_checkpoint_without_adapter_or_whose_base_is_gone_is_refused(checkpoin
     shutil.rmtree(checkpoint_dir / "adapter")
     with pytest.raises(UserError, match="adapter/"):
         export_checkpoint(checkpoint_dir, tmp_path / "out")
+
+
+def test_an_export_says_which_emotions_the_run_was_trained_on(run, base_on_hub, tmp_path):
+    out = export_checkpoint(run / "best", tmp_path / "out")
+    assert read_emotion_control(out) == EmotionControl("prefix", "({emotion})", ("happy",), base_on_hub, None, 10)
+    assert read_corpora(out) == read_corpora(run)
+
+
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_adapter_on_the_hub_is_exported_as_its_checkpoint_is(run, base_on_hub, tmp_path, merged):
+    push_model(run / "checkpoint_000005", "user/adapter", revision="old")
+    push_model(run / "checkpoint_000010", "user/adapter")
+    for step, revision in ((5, "old"), (10, None)):
+        local = export_checkpoint(run / f"checkpoint_{step:06d}", tmp_path / "local", merged=merged)
+        arguments = ["export", "user/adapter", "--out", str(tmp_path / "pulled")]
+        arguments += ["--revision", revision] if revision else []
+        assert main(arguments + (["--merged"] if merged else [])) == 0
+        names = sorted(path.name for path in local.iterdir())
+        assert "emotions.json" in names and sorted(path.name for path in (tmp_path / "pulled").iterdir()) == names
+        for name in set(names) - {"README.md"}:
+            assert (tmp_path / "pulled" / name).read_bytes() == (local / name).read_bytes(), name
+
+
+def test_an_adapter_of_peft_alone_is_exported(run, base_on_hub, tmp_path):
+    HfApi().create_repo("user/peft")
+    HfApi().upload_folder(folder_path=run / "best" / "adapter", repo_id="user/peft")
+    out = export_checkpoint("user/peft", tmp_path / "pulled")
+    weights = (export_checkpoint(run / "best", tmp_path / "local") / "lora.safetensors").read_bytes()
+    assert (out / "lora.safetensors").read_bytes() == weights
+    assert read_emotion_control(out) == EmotionControl(base_model=base_on_hub)
+    assert find_checkpoint(str(out)).lora_weights == out / "lora.safetensors"
+
+
+def test_what_has_no_adapter_is_refused(base_on_hub, tmp_path):
+    with pytest.raises(UserError, match="kyutai/tiny has no folder adapter/ and is no PEFT adapter") as error:
+        export_checkpoint(base_on_hub, tmp_path / "out")
+    assert "Hub repository with an adapter" in error.value.remedy
+    with pytest.raises(UserError, match="no such repository"):
+        export_checkpoint("user/none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
