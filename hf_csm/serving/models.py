@@ -89,7 +89,8 @@ class Models:
             if emotion in found.emotions:
                 return found
         known = list(dict.fromkeys(known for found in named for known in found.emotions))
-        who = f"The voice {voice!r}" if voice is not None else f"{self.base_name} with {len(self.adapters)} adapters"
+        what = f"{self.base_name} with {len(self.adapters)} adapters" if self.adapters else self.base_name
+        who = what if voice is None else f"The voice {voice!r}"
         if not known:
             raise UserError(
                 f"{who} was not trained to speak with emotions, so not with {emotion!r} either.",
