@@ -9,11 +9,13 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from socket import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import WSCloseCode, web
 
 from hf_csm import __version__
+from hf_csm.serving.connection import Connection, Refusal
 from hf_csm.serving.journal import write
 from hf_csm.serving.limits import Limits
 from hf_csm.serving.metrics import Metrics
@@ -80,9 +82,7 @@ class Server:
             RuntimeError: the engine failed.
         """
         await self.scheduler.start()
-        self._runner = web.AppRunner(
-            self._application(), access_log=None, handle_signals=False, keepalive_timeout=75, lingering_time=1
-        )
+        self._runner = web.AppRunner(self._application())
         await self._runner.setup()
         create_server, handshake_s = asyncio.get_running_loop().create_server, self.limits.request_s if tls else None
         for listener in sockets:
@@ -120,8 +120,9 @@ class Server:
         assert server is not None
         if len(server.connections) >= self.limits.max_connections:
             self.metrics.refused.labels("connections").inc()
-            return _Refusal()
-        return server()
+            return Refusal()
+        options: dict[str, Any] = {"access_log": None, "keepalive_timeout": 75, "lingering_time": 1}
+        return Connection(server, loop=asyncio.get_running_loop(), **options)
 
     async def _close_silent_connections(self) -> None:
         """aiohttp lets a connection wait for ever for its first request, or in the middle of one."""
@@ -161,13 +162,14 @@ class Server:
         return response
 
     def _turn_away(self, request: web.Request) -> web.Response | None:
-        origin = request.headers.get("Origin")
-        if origin is not None and not self._is_allowed(origin) and not self._is_own(origin, request.host):
+        is_open = request.path == "/health" or request.path == "/" or request.path in self._page
+        origin = request.headers.get("Origin")  # browsers name it for the scripts of the page, too
+        is_foreign = origin is not None and not self._is_allowed(origin) and not self._is_own(origin, request.host)
+        if origin is not None and is_foreign and not is_open:
             self.metrics.refused.labels("origin").inc()
             return _problem(
                 403, f"Pages of {origin[:200]} may not use this server. Start it with --allow-origin {origin[:200]}."
             )
-        is_open = request.path == "/health" or request.path == "/" or request.path in self._page
         if self._token is not None and not is_open and not self._knows_token(request):
             self.metrics.refused.labels("token").inc()
             return _problem(401, "This server wants a token: ?token=... or Authorization: Bearer ...")
@@ -247,14 +249,6 @@ class Server:
     async def _show_page(self, request: web.Request) -> web.StreamResponse:
         path = self._page.get("/index.html" if request.path == "/" else request.path)
         return _problem(404, "There is nothing here.") if path is None else web.FileResponse(path)
-
-
-class _Refusal(asyncio.Protocol):
-    """A connection too many."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
 
 
 def _problem(status: int, message: str) -> web.Response:
