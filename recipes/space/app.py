@@ -145,11 +145,11 @@ def _load(names: list[str], revision: str | None, device: str | None) -> Speaker
 
 
 def sound(speech: Speech) -> Sound:
-    """Return what Moshi said, as Gradio plays it."""
+    """Return what Moshi said after the question, as Gradio plays it."""
     from hf_csm.data.audio import to_int16
-    from hf_csm.units import SAMPLE_RATE
+    from hf_csm.units import SAMPLE_RATE, seconds_to_samples
 
-    return SAMPLE_RATE, to_int16(speech.audio)
+    return SAMPLE_RATE, to_int16(speech.audio[seconds_to_samples(speech.question_s) :])
 
 
 def build_app(environment: Mapping[str, str] = os.environ) -> gradio.Blocks:
