@@ -42,6 +42,7 @@ class CorpusTerms:
         num_windows: to train on, after the filters.
         duration_s: of these windows.
         emotions: windows by emotion; `unlabelled` for those without.
+        languages: of these windows, as far as the table says.
     """
 
     corpus: str
@@ -56,6 +57,7 @@ class CorpusTerms:
     num_windows: int = 0
     duration_s: Seconds = 0.0
     emotions: dict[str, int] = field(default_factory=dict)
+    languages: list[str] = field(default_factory=list)
 
 
 def corpora_of(config: DatasetConfig) -> list[CorpusTerms]:
@@ -92,9 +94,14 @@ def count_windows(corpora: Sequence[CorpusTerms], table: WindowTable) -> list[Co
         # A manifest is named when it is encoded; nobody has stated a licence for what no card told of before.
         terms = known.get(key) or CorpusTerms(key[0], key[0], UNSTATED, replay=key[1])
         emotions = Counter(table.emotions[row] or UNLABELLED for row in own)
-        duration_s = frames_to_seconds(int(table.num_frames[own].sum()))
         counted.append(
-            replace(terms, num_windows=len(own), duration_s=duration_s, emotions=dict(sorted(emotions.items())))
+            replace(
+                terms,
+                num_windows=len(own),
+                duration_s=frames_to_seconds(int(table.num_frames[own].sum())),
+                emotions=dict(sorted(emotions.items())),
+                languages=sorted({language for language in (table.languages[row] for row in own) if language}),
+            )
         )
     return counted
 
@@ -127,6 +134,8 @@ def read_corpora(folder: Path) -> list[CorpusTerms]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         found = [CorpusTerms(**{name: value for name, value in row.items() if name in known}) for row in rows]
+        for terms in found:
+            _check_types(terms)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read: it says what the adapter was trained on ({type(error).__name__}).",
@@ -134,6 +143,17 @@ def read_corpora(folder: Path) -> list[CorpusTerms]:
         ) from error
     builders = {builder.NAME: builder for builder in all_builders()}
     return [_with_builder(terms, builders.get(terms.corpus)) for terms in found]
+
+
+def _check_types(terms: CorpusTerms) -> None:
+    """Raise what a wrong type raises, for a file that may come from anybody."""
+    optional = (terms.not_to_be_published, terms.table, terms.revision)
+    texts = (terms.corpus, terms.title, terms.license, terms.notice, terms.homepage, *terms.emotions, *terms.languages)
+    numbers = (terms.num_windows, terms.duration_s, *terms.emotions.values())
+    if not all(isinstance(text, str) for text in (*texts, *(text for text in optional if text is not None))):
+        raise TypeError("not a text")
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise TypeError("not a number")
 
 
 def _terms_in(folder: Path, fallback: str) -> list[CorpusTerms]:

@@ -139,11 +139,11 @@ def card_data(facts: CardFacts) -> ModelCardData:
     """Return the metadata: what the Hub finds the model by, and shows beside it."""
     from huggingface_hub import ModelCardData
 
-    languages = (facts.options.get("dataset") or {}).get("languages") or ["en"]
+    languages = {"en"}.union(*(terms.languages for terms in facts.corpora))  # the base speaks English
     emotions = [emotion.replace(" ", "-") for emotion in facts.control.emotions]
     results = _eval_results(facts)
     return ModelCardData(
-        language=sorted(set(languages)),
+        language=sorted(languages),
         license=facts.licence.id,
         license_name=facts.licence.name,
         license_link=facts.licence.link,

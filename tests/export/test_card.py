@@ -32,6 +32,7 @@ RAVDESS, ESD = (
         num_windows=1234,
         duration_s=5400.0,
         emotions={"happy": 1000, "sad": 234},
+        languages=["en"] if builder.NAME == "ravdess" else ["en", "zh"],
     )
     for builder in sorted(all_builders(), key=lambda builder: builder.NAME, reverse=True)
     if builder.NAME in ("ravdess", "esd")
@@ -76,6 +77,10 @@ def test_the_metadata_are_what_the_hub_finds_an_adapter_by(folder):
     result = data.eval_results[0]
     assert (result.dataset_type, result.dataset_split) == ("ann/ravdess-codes", "validation")
     assert (data.model_name, result.task_type) == ("moshiko-sad", "audio-to-audio")
+
+
+def test_the_languages_are_those_of_base_and_corpora(folder):
+    assert ModelCard(card_of(folder, [RAVDESS, ESD])).data.language == ["en", "zh"]
 
 
 def test_merged_weights_are_a_finetune_that_moshi_loads(folder):
