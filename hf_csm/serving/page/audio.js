@@ -96,12 +96,13 @@ export function wav(left, right) {
 
 // Return what keeps this browser from talking, or null.
 export function missing() {
+  const port = location.port || 80;
   if (!("WebSocket" in window)) return "This browser has no WebSocket. Use a current Chrome, Edge, Firefox or Safari.";
   if (!window.isSecureContext)
     return (
-      `Browsers give the microphone only to pages from https:// or localhost, and this page is from ${location.origin}. ` +
-      "Start hf-csm serve with a TLS certificate, or forward its port to your machine " +
-      `(ssh -L ${location.port || 80}:localhost:${location.port || 80} ${location.hostname}) and open it on localhost.`
+      "Browsers give the microphone only to pages from https:// or localhost, " +
+      `and this page is from ${location.origin}. Start hf-csm serve with --ssl and a certificate, or forward its ` +
+      `port to your machine (ssh -L ${port}:localhost:${port} ${location.hostname}) and open http://localhost:${port}/.`
     );
   if (!window.AudioContext || !window.AudioWorkletNode)
     return "This browser cannot play live sound (AudioWorklet). Use a current Chrome, Edge, Firefox or Safari.";
@@ -112,7 +113,8 @@ export function missing() {
 
 const DENIALS = {
   NotAllowedError:
-    "The microphone is blocked. Allow it for this page (the icon beside the address), in the system's settings too, and start again.",
+    "The microphone is blocked. Allow it for this page (the icon beside the address), perhaps in the system's " +
+    "settings, too, and start again.",
   NotFoundError: "There is no microphone. Plug one in, or choose one in the system's settings, and start again.",
   NotReadableError: "The microphone cannot be used: another program may hold it. Close that program and start again.",
 };
@@ -128,7 +130,8 @@ async function openMicrophone() {
 }
 
 // Open player and, if wanted, microphone. Call it in a user's gesture: phones start no sound otherwise.
-// `onFrame({mic, played, queuedS, underruns})` gets 80 ms of each side (Float32Array), `onLost()` a microphone that went.
+// `onFrame({mic, played, queuedS, underruns})` gets 80 ms of each side (Float32Array); `onLost()` tells that the
+// microphone is gone.
 export async function openAudio({ microphone, onFrame, onLost }) {
   let context = new AudioContext({ sampleRate: RATE, latencyHint: "interactive" });
   context.resume();
@@ -151,7 +154,8 @@ export async function openAudio({ microphone, onFrame, onLost }) {
       stream.getAudioTracks()[0].onended = onLost;
     }
     await context.audioWorklet.addModule("worklet.js");
-    const node = new AudioWorkletNode(context, "duplex", { outputChannelCount: [1], channelCount: 1, channelCountMode: "explicit" });
+    const mono = { outputChannelCount: [1], channelCount: 1, channelCountMode: "explicit" };
+    const node = new AudioWorkletNode(context, "duplex", mono);
     const [micDown, playedDown] = [0, 1].map(() => new Resampler(context.sampleRate, RATE));
     const up = new Resampler(RATE, context.sampleRate);
     let [mic, played] = [new Float32Array(0), new Float32Array(0)];

@@ -5,9 +5,11 @@ import { FRAME, RATE, Problem, concat, fromPcm16, openAudio, toPcm16, wav } from
 const HANDSHAKE = 0;
 const AUDIO = 1;
 const TEXT = 2;
+const LATE_S = 10;
 const HANDSHAKE_S = 15;
 const RECORDED_S = 3600;
 const UNSENT_BYTES = 4 * RATE; // two seconds of sound that wait in this browser
+const BEHIND_S = 3; // sound that the server has not answered
 
 export async function fetchInfo(token) {
   let response;
@@ -21,8 +23,9 @@ export async function fetchInfo(token) {
     problem.wantsToken = true;
     throw problem;
   }
-  if (!response.ok) throw new Problem(`The server answers ${response.status} ${response.statusText}.`);
-  return response.json();
+  const answer = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Problem(`The server refuses: ${answer.error ?? response.statusText} (${response.status})`);
+  return answer;
 }
 
 // SentencePiece falls back to bytes, spelled <0xE2>; words are given on when they are whole.
@@ -52,17 +55,20 @@ export class Words {
 }
 
 const BUSY = 1013;
+const REFUSED =
+  "The server refuses the conversation. If this page comes through a proxy or tunnel, start hf-csm serve with " +
+  `--allow-origin ${location.origin}.`;
 const ENDINGS = {
   1001: () => "The server is shutting down. The conversation up to here can be downloaded.",
   1006: () => "The connection is lost. The conversation up to here can be downloaded.",
   1008: (reason) => `The server ended the conversation: ${reason || "it does not allow this"}.`,
   1009: () => "The server ended the conversation: a message was too large.",
   1011: () => "The server ended the conversation: it has failed. Its log says more.",
-  [BUSY]: (reason) => `The server is busy${reason.replace(/^busy/, "") || ": all conversations are taken; try again later"}.`,
+  [BUSY]: (reason) => `The server is ${reason || "busy: try again later"}.`,
 };
 
 export class Conversation {
-  // `source(index)` gives the user's frames (Int16Array; null ends the conversation); without it the microphone does.
+  // `source(index)` gives the user's frames (Int16Array; null: no more); without it the microphone does.
   // Handlers: onStart(), onWords(text), onSteering(message), onComplaint(text), onFrame(frame), onEnd(Problem or null).
   constructor({ query, token, source, ...handlers }) {
     Object.assign(this, { source, handlers, left: [], right: [], sent: 0, received: 0, started: false, ended: false });
@@ -71,14 +77,17 @@ export class Conversation {
   }
 
   async open() {
+    const opening = openAudio({
+      microphone: !this.source,
+      onFrame: (frame) => this.frame(frame),
+      onLost: () => this.fail("The microphone is gone. Plug it in and start again."),
+    });
+    opening.catch(() => null); // it is looked at later
     try {
-      this.audio = await openAudio({
-        microphone: !this.source,
-        onFrame: (frame) => this.frame(frame),
-        onLost: () => this.fail("The microphone is gone. Plug it in and start again."),
-      });
       await fetchInfo(this.query.token); // a WebSocket that is refused does not say why
+      this.audio = await opening;
     } catch (error) {
+      opening.then((audio) => audio.close()).catch(() => null);
       return this.end(error instanceof Problem ? error : new Problem(`Sound cannot be opened: ${error.message}`));
     }
     if (this.ended) return this.audio.close();
@@ -87,11 +96,11 @@ export class Conversation {
     for (const [name, value] of Object.entries(this.query)) if (value != null) url.searchParams.set(name, value);
     this.socket = new WebSocket(url);
     this.socket.binaryType = "arraybuffer";
-    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.control(JSON.parse(data)) : this.binary(data));
+    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.control(data) : this.binary(data));
     this.socket.onclose = ({ code, reason }) => {
       this.isBusy = code === BUSY;
       if (code === 1000) this.end();
-      else if (code === 1006 && !this.started) this.fail("The server refuses the conversation.");
+      else if (code === 1006 && !this.started) this.fail(REFUSED);
       else this.fail(ENDINGS[code]?.(reason) ?? `The server ended the conversation (${code} ${reason}).`);
     };
     this.timer = setTimeout(() => this.fail("The server does not begin. Try again later."), 1000 * HANDSHAKE_S);
@@ -110,32 +119,48 @@ export class Conversation {
     } else if (kind === TEXT) this.words.add(new TextDecoder().decode(data.slice(1)));
   }
 
-  control(message) {
+  control(data) {
+    const message = JSON.parse(data);
     if (message.type === "steering") this.handlers.onSteering?.(message);
     if (message.type === "error") this.handlers.onComplaint?.(message.message);
   }
 
   frame(frame) {
-    if (!this.started || this.ended) return;
-    const pcm = this.source ? this.source(this.sent / FRAME) : toPcm16(frame.mic);
-    if (!pcm) return this.end();
-    const message = new Uint8Array(1 + pcm.byteLength);
-    message[0] = AUDIO;
-    message.set(new Uint8Array(pcm.buffer), 1);
-    const isStuck = this.socket.bufferedAmount > UNSENT_BYTES;
-    if (!isStuck) this.socket.send(message);
+    if (!this.started || this.socket.readyState !== WebSocket.OPEN) return;
+    // What neither network nor server keep up with is left out, so that the delay stays bounded.
+    const behindS = (this.sent - this.received) / RATE;
+    const isStuck = behindS > BEHIND_S || this.socket.bufferedAmount > UNSENT_BYTES;
+    let pcm = this.source ? !isStuck && this.source(this.sent / FRAME) : toPcm16(frame.mic);
+    if (pcm && !isStuck) {
+      const message = new Uint8Array(1 + pcm.byteLength);
+      message[0] = AUDIO;
+      message.set(new Uint8Array(pcm.buffer), 1);
+      this.socket.send(message);
+      this.sent += FRAME;
+    } else if (pcm === null && this.hasHeardAll(frame.queuedS)) return this.end();
+    pcm ||= new Int16Array(FRAME); // a question waits for its server
     if (this.left.length * FRAME < RECORDED_S * RATE) {
       this.left.push(pcm);
       this.right.push(toPcm16(frame.played));
     }
-    this.sent += FRAME;
     // From the user's sample to Moshi's answer to it in the loudspeaker, without what the devices add.
-    const delayS = (this.sent - this.received) / RATE + frame.queuedS;
-    this.handlers.onFrame?.({ ...frame, pcm, delayS: this.received ? delayS : null, isStuck });
+    const delayS = this.received ? behindS + frame.queuedS : null;
+    this.handlers.onFrame?.({ ...frame, pcm, delayS, isStuck });
+  }
+
+  // After the last frame: nothing came and nothing was played for half a second, or the server is far too late.
+  hasHeardAll(queuedS) {
+    this.endedAt ??= this.left.length;
+    const progress = this.received - queuedS;
+    if (progress !== this.progress) this.quietSince = this.left.length;
+    this.progress = progress;
+    const seconds = (frames) => (frames * FRAME) / RATE;
+    return seconds(this.left.length - this.quietSince) > 0.5 || seconds(this.left.length - this.endedAt) > LATE_S;
   }
 
   steer(change) {
-    if (this.started && !this.ended) this.socket.send(JSON.stringify({ type: "steer", ...change }));
+    if (!this.started || this.socket.readyState !== WebSocket.OPEN) return;
+    this.socket.send(JSON.stringify({ type: "steer", ...change }));
   }
 
   fail(text) {

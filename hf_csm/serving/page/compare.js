@@ -4,7 +4,6 @@ import { FRAME, RATE, Problem, concat, fromPcm16, rms } from "./audio.js";
 import { Conversation } from "./chat.js";
 
 const QUESTION_S = 60;
-export const ANSWER_S = 8;
 const LEAST_S = 0.3;
 const RELEASE_S = 5; // a server may take a moment to free the slot of the conversation before
 
@@ -46,8 +45,8 @@ export class Question {
   }
 
   // The frames to send: the question, the room as recorded, then faint noise, for a model hears no digital silence.
-  source() {
-    const [recorded, end] = [[...this.frames], this.length + frames(ANSWER_S)];
+  source(answerS) {
+    const [recorded, end] = [[...this.frames], this.length + frames(answerS)];
     const noise = () => Int16Array.from({ length: FRAME }, () => Math.round(6 * Math.random() - 3));
     return (index) => (index < end ? (recorded[index] ?? noise()) : null);
   }
@@ -81,7 +80,7 @@ export class Answer {
 
   showTime(seconds) {
     this.seek.value = seconds;
-    this.time.value = clock(seconds);
+    this.time.textContent = clock(seconds);
     this.seek.setAttribute("aria-valuetext", clock(seconds));
   }
 
@@ -94,7 +93,7 @@ export class Answer {
   }
 
   // Ask and wait for the whole answer; throws the Problem that kept it from coming.
-  async ask({ question, query, token, onFrame }) {
+  async ask({ question, answerS, query, token, onFrame }) {
     this.clear();
     const deadline = Date.now() + 1000 * RELEASE_S;
     for (;;) {
@@ -102,7 +101,7 @@ export class Answer {
         this.conversation = new Conversation({
           query,
           token,
-          source: question.source(),
+          source: question.source(answerS),
           onWords: (words) => (this.said.textContent += words),
           onFrame,
           onEnd: resolve,

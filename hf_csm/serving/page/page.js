@@ -2,20 +2,25 @@
 
 import { missing, rms } from "./audio.js";
 import { Conversation, fetchInfo } from "./chat.js";
-import { ANSWER_S, Answer, Question, clock } from "./compare.js";
+import { Answer, Question, clock } from "./compare.js";
 
 const TOKEN_KEY = "hf-csm-token";
-const SILENT_S = 4;
+const SILENT_S = 3;
+const BASE = "base"; // the voice without adapter
 const NEW_LINE_S = 1.5;
 const CONNECTED = "Connected. Speak: Moshi listens and answers at any time.";
 
 const $ = (id) => document.getElementById(id);
 const question = new Question();
-const answers = ["A", "B"].map((name) => new Answer($(`answer-${name.toLowerCase()}`).parentElement, name, stopPlaying));
+const answers = ["A", "B"].map((name) => {
+  return new Answer($(`answer-${name.toLowerCase()}`).parentElement, name, stopPlaying);
+});
 let info = null;
 let live = null; // the conversation that runs
 let last = null; // the one that can be downloaded
 let isComparing = false;
+let isChosen = false; // before, the server's own choice stands
+let current = null; // how Moshi speaks, in the server's words
 let pending = null; // what the server has yet to do of what was chosen
 let wakeLock = null;
 
@@ -96,51 +101,67 @@ function fillChoices(id, name, options) {
 
 function choose(name, value) {
   for (const input of document.getElementsByName(name)) input.checked = input.value === (value ?? "");
-  $("strength").disabled = chosen("voice") === "base"; // there is no adapter to weigh
+  $("strength").disabled = chosen("voice") === BASE; // there is no adapter to weigh
+}
+
+function chooseBoth({ voice, emotion }) {
+  choose("voice", voice);
+  choose("emotion", emotion);
 }
 
 // A voice speaks only the emotions it learnt: choosing another emotion finds a voice for it, and the other way round.
+// The base is what others are compared with: going there and back keeps the emotion.
 function chooseEmotion() {
   const emotion = chosen("emotion");
-  if (!knows(voiceNamed(chosen("voice")), emotion)) choose("voice", info.voices.find((voice) => knows(voice, emotion)).name);
+  if (!knows(voiceNamed(chosen("voice")), emotion))
+    choose("voice", info.voices.find((voice) => knows(voice, emotion)).name);
   steer({ voice: chosen("voice"), emotion });
 }
 
 function chooseVoice() {
-  if (!knows(voiceNamed(chosen("voice")), chosen("emotion"))) choose("emotion", null);
-  choose("voice", chosen("voice"));
-  steer({ voice: chosen("voice"), emotion: chosen("emotion") });
+  const voice = chosen("voice");
+  if (voice !== BASE && !knows(voiceNamed(voice), chosen("emotion"))) choose("emotion", null);
+  choose("voice", voice);
+  steer({ voice, emotion: chosen("emotion") });
 }
 
 function steer(change) {
+  isChosen ||= !("strength" in change);
   if (!live?.started) return;
   if (!("strength" in change)) pending = { ...pending, ...change }; // strength does not wait
   live.steer(change);
-  showSteering(null);
+  showSteering();
 }
 
-function showSteering(current) {
-  if (current) $("steering").dataset.now = `Now: ${inWords(current)}. `;
-  $("steering").textContent =
-    ($("steering").dataset.now ?? "") + (pending ? `At Moshi's next pause: ${inWords(pending)}.` : "");
+function showSteering() {
+  const now = current ? `Now: ${inWords(current)}.` : "";
+  show("steering", pending ? `${now} At Moshi's next pause: ${inWords(pending)}.` : now);
   $("now").hidden = !pending;
+}
+
+function onSteering(message) {
+  if (!current || inWords(message) !== inWords(current)) addLine("mark", inWords(message));
+  current = message;
+  pending = message.pending;
+  chooseBoth(pending ?? current);
+  showSteering();
+}
+
+function onComplaint(text) {
+  complain({ message: text });
+  pending = null;
+  if (current) chooseBoth(current);
+  showSteering();
 }
 
 $("voices").onchange = chooseVoice;
 $("emotions").onchange = chooseEmotion;
 $("now").onclick = () => live?.steer({ ...pending, now: true });
 $("strength").oninput = () => {
-  $("strength-value").value = Number($("strength").value).toFixed(2);
+  $("strength-value").textContent = Number($("strength").value).toFixed(2);
   clearTimeout($("strength").timer);
   $("strength").timer = setTimeout(() => steer({ strength: Number($("strength").value) }), 100);
 };
-
-function onSteering(message) {
-  const before = $("steering").dataset.now;
-  pending = message.pending;
-  showSteering(message);
-  if ($("steering").dataset.now !== before) addLine("mark", inWords(message));
-}
 
 // ---- talking ----
 
@@ -152,21 +173,19 @@ function talk() {
   answers.forEach((answer) => answer.stop());
   $("transcript").replaceChildren();
   question.clear();
-  pending = null;
-  delete $("steering").dataset.now;
+  current = pending = null;
   say("Connecting: your browser may ask for the microphone.");
   let silentS = 0;
   live = new Conversation({
-    query: query(chosen("voice"), chosen("emotion")),
+    query: query(isChosen ? chosen("voice") : null, isChosen ? chosen("emotion") : null),
     token: token(),
     onStart: () => {
       say(CONNECTED);
-      onSteering({ voice: chosen("voice"), emotion: chosen("emotion"), strength: Number($("strength").value), pending: null });
       keepAwake();
     },
     onWords: addWords,
     onSteering,
-    onComplaint: (text) => complain({ message: text }),
+    onComplaint,
     onFrame: (frame) => {
       const level = rms(frame.mic);
       question.add(frame.pcm, level);
@@ -175,7 +194,7 @@ function talk() {
       $("moshi-level").value = Math.min(1, 5 * rms(frame.played));
       show("time", clock(live.durationS));
       if (frame.delayS !== null) show("delay", `${frame.delayS.toFixed(2)} s`);
-      if (frame.isStuck) say("The network is too slow: Moshi misses parts of what you say.");
+      if (frame.isStuck) say("Server or network are too slow: Moshi misses parts of what you say.");
       else if (silentS > SILENT_S) say("Nothing comes from the microphone. Is it muted?");
       else say(CONNECTED);
       showState();
@@ -183,10 +202,9 @@ function talk() {
     onEnd: (problem) => {
       if (live.durationS) last = live;
       say(live.started ? `Ended after ${clock(live.durationS)}.` : "Not connected.");
-      live = null;
-      pending = null;
+      live = current = pending = null;
       complain(problem);
-      $("steering").textContent = "";
+      showSteering();
       for (const id of ["mic-level", "moshi-level"]) $(id).value = 0;
       wakeLock?.release();
       showState();
@@ -237,13 +255,16 @@ async function ask() {
   complain(null);
   answers.forEach((answer) => answer.clear());
   showState();
+  const answerS = Math.max(1, Math.min(60, Number($("answer-s").value) || 8));
   const seed = info.seeds ? Math.floor(Math.random() * 2 ** 31) : null;
   try {
     for (const [i, answer] of answers.entries()) {
       say(`Asking ${"AB"[i]}.`);
-      const onFrame = () => ($("asking").value = (i + answer.conversation.durationS / (question.durationS + ANSWER_S)) / 2);
+      const onFrame = () => {
+        $("asking").value = (i + answer.conversation.durationS / (question.durationS + answerS)) / 2;
+      };
       const steering = { ...query(answer.voice.value, answer.emotion.value || null), seed };
-      await answer.ask({ question, query: steering, token: token(), onFrame });
+      await answer.ask({ question, answerS, query: steering, token: token(), onFrame });
     }
     say("Both have answered. Play them below.");
   } catch (problem) {
@@ -265,7 +286,8 @@ function showState() {
   $("ask").disabled = !info || !(isComparing || question.isAsked);
   $("forget").disabled = isComparing || !question.frames.length;
   $("asking").hidden = !isComparing;
-  show("question", question.isAsked ? `Your question has ${clock(question.durationS)}.` : "No question yet: talk first.");
+  const asked = `Your question: ${question.durationS.toFixed(1)} s.`;
+  show("question", question.isAsked ? asked : "No question yet: talk first.");
 }
 
 async function load() {
@@ -282,13 +304,14 @@ async function load() {
     return complain(problem);
   }
   $("access").hidden = true;
-  $("model").textContent = [info.base_model, ...info.voices.map(({ name }) => name).filter((name) => name !== "base")].join(" · ");
-  fillChoices("voices", "voice", info.voices.map(({ name }) => [name, name === "base" ? "base (no adapter)" : name]));
+  const names = info.voices.map(({ name }) => name).filter((name) => name !== BASE);
+  $("model").textContent = [info.base_model.split("/").slice(-2).join("/"), ...names].join(" · ");
+  fillChoices("voices", "voice", info.voices.map(({ name }) => [name, name === BASE ? "base (no adapter)" : name]));
   fillChoices("emotions", "emotion", [["", "none"], ...info.emotions.map((emotion) => [emotion, emotion])]);
   $("emotions").hidden = !info.emotions.length;
   for (const [key, value] of Object.entries(info.strength)) $("strength")[{ default: "value" }[key] ?? key] = value;
   choose("voice", info.voices[0].name);
-  const base = voiceNamed("base") ?? info.voices[0];
+  const base = voiceNamed(BASE) ?? info.voices[0];
   fillAnswer(answers[0], base.name, null);
   fillAnswer(answers[1], info.voices[0].name, info.voices[0].emotions[0]);
   $("seeds").textContent = info.seeds ? "Both get the same random seed." : "Chance differs, too: ask more than once.";
