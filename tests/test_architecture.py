@@ -66,7 +66,7 @@ def test_no_file_is_longer_than_400_lines(path):
 
 def test_tests_mirror_the_sources():
     known = {path.stem for path in SOURCES} | {path.stem for path in (ROOT / "recipes").glob("*.py")}
-    whole_way = {"architecture", "server", "distributed", "gpu", "run_expressive_finetuning", "space"}
+    whole_way = {"architecture", "server", "distributed", "gpu", "page", "run_expressive_finetuning", "space"}
     for path in (ROOT / "tests").rglob("test_*.py"):
         assert path.stem.removeprefix("test_") in known | whole_way, path
 
