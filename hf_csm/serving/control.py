@@ -23,20 +23,14 @@ TRUE, FALSE = ("1", "true"), ("0", "false", "")
 KEYS = {"type", "emotion", "voice", "strength", "now"}
 
 
-class EngineLike(Protocol):
-    """The part of `models.streaming.Engine` that steering uses."""
-
-    padding_ids: frozenset[int]
-
-    def reset(self, slot: int, *, seed: int | None = None) -> None: ...
-
-
 class SpeakerLike(Protocol):
     """The part of `voices.Speaker` that steering uses."""
 
     engine: Any
 
     def choose(self, emotion: str | None, voice: str | None = None) -> Voice: ...
+
+    def prefix(self, voice: Voice, emotion: str | None) -> list[int]: ...
 
     def steer(self, slot: int, voice: Voice, emotion: str | None, strength: float = 1.0) -> None: ...
 
@@ -144,6 +138,8 @@ class Talk:
         self._speaker, self._slot, self._seed = speaker, slot, opening.seed
         self._steering = opening.steering
         self._pending: Steering | None = None
+        self._told: list[int] = []
+        self._num_told = 0
         self._num_padding = 0
         self._has_spoken = False
 
@@ -174,7 +170,10 @@ class Talk:
 
     def hear(self, frame: Frame) -> list[object]:
         """Take note of what Moshi said."""
-        if frame.text_token in self._speaker.engine.padding_ids:
+        padding_ids = self._speaker.engine.padding_ids
+        if self._is_told(frame.text_token):
+            frame = replace(frame, text_token=min(padding_ids))
+        if frame.text_token in padding_ids:
             self._num_padding += 1
         else:
             self._num_padding, self._has_spoken = 0, True
@@ -182,6 +181,19 @@ class Talk:
             self._apply_pending()
             return [frame, self._message()]
         return [frame]
+
+    def _is_told(self, token: int) -> bool:
+        """Whether a token is of a prefix: what Moshi was told is nothing it says. It comes in one piece, delayed."""
+        if self._num_told < len(self._told) and token == self._told[self._num_told]:
+            self._num_told += 1
+        elif self._told and token == self._told[0]:
+            self._num_told = 1
+        else:
+            self._num_told = 0
+            return False
+        if self._num_told == len(self._told):
+            self._told, self._num_told = [], 0
+        return True
 
     @property
     def _is_pause(self) -> bool:
@@ -211,6 +223,7 @@ class Talk:
         self._steering, self._pending = steering, None
         voice = self._speaker.choose(None, steering.voice)
         self._speaker.steer(self._slot, voice, steering.emotion, steering.strength)
+        self._told += self._speaker.prefix(voice, steering.emotion)
 
     def _message(self) -> dict[str, object]:
         pending = None if self._pending is None else asdict(self._pending)

@@ -14,13 +14,14 @@ import time
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from hf_csm.errors import UserError
 from hf_csm.models.streaming import Frame
+from hf_csm.serving.connection import Connection
 from hf_csm.serving.control import HANDSHAKE_NOW, Talk, error_message, read_control, read_query
 from hf_csm.serving.journal import write
 from hf_csm.serving.limits import Limits, TokenBucket, close_reason
@@ -61,6 +62,7 @@ class End:
 
 LEFT = End("client_left")
 VANISHED = End("vanished")
+TOO_LARGE = End("bad_message", WSCloseCode.MESSAGE_TOO_BIG, "too large a message")
 ENDS_OF_CLIENTS = (LEFT.label,)
 
 
@@ -100,6 +102,9 @@ class Session:
     ):
         self.number = next(_numbers)
         self._socket, self._transport = socket, request.transport
+        self._connection = cast(Connection, request.protocol)
+        self._connection.max_message_bytes = limits.max_message_bytes
+        self._connection.on_too_large = lambda: self.end(TOO_LARGE)
         self._query = request.query
         self._speaker, self._scheduler, self._limits, self._metrics = speaker, scheduler, limits, metrics
         self._default_emotion = default_emotion
@@ -224,6 +229,7 @@ class Session:
             self._waiting_since_s = time.monotonic()
             message = await self._socket.receive()
             self._waiting_since_s, self._is_pinged = None, False
+            self._connection.num_bytes = 0
             if message.type is WSMsgType.ERROR:
                 self.end(End("bad_message") if isinstance(message.data, aiohttp.WebSocketError) else VANISHED)
                 return

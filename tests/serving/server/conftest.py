@@ -87,7 +87,11 @@ class FakeSpeaker:
     def __init__(self, num_slots=1, voices=VOICES, **options):
         self.engine = FakeEngine(num_slots, **options)
         self.models = Models(None, "tiny", (), voices)
+        self.prefixes = {}
         self.voices, self.emotions, self.choose = list(voices), self.models.emotions, self.models.choose
+
+    def prefix(self, voice, emotion):
+        return self.prefixes.get(emotion, []) if voice.control.control == "prefix" else []
 
     def steer(self, slot, voice, emotion, strength=1.0):
         self.engine.calls.append(("steer", slot, voice.name, emotion, strength))
@@ -124,7 +128,8 @@ async def _serving(speaker, limits=None, **options):
         try:
             yield Served(server, sockets[0].getsockname()[1], client)
         finally:
-            speaker.engine.gate.set()
+            if isinstance(speaker, FakeSpeaker):
+                speaker.engine.gate.set()
             await server.stop()
 
 

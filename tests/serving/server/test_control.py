@@ -17,8 +17,11 @@ from hf_csm.serving.control import (
 )
 
 
-PADDING = Frame(3, np.zeros(1920, dtype=np.float32), np.zeros(8))
-WORD = Frame(17, np.zeros(1920, dtype=np.float32), np.zeros(8))
+def frame(token):
+    return Frame(token, np.zeros(1920, dtype=np.float32), np.zeros(8))
+
+
+PADDING, WORD = frame(3), frame(17)
 
 
 @pytest.fixture
@@ -126,6 +129,31 @@ def steering(voice, emotion, strength, pending=None):
     return {"type": "steering", "voice": voice, "emotion": emotion, "strength": strength, "pending": pending}
 
 
+def tokens_of(things):
+    return [thing.text_token for thing in things if isinstance(thing, Frame)]
+
+
+def test_what_moshi_is_told_is_nothing_it_says(speaker):
+    speaker.prefixes = {"happy": [50, 51, 52], "sad": [50, 53]}
+    talk = Talk(speaker, 1, Opening(Steering("moody", "happy", 1.0), None, "opus", False))
+    talk.begin()
+    for token in (50, 51, 52):
+        assert tokens_of(talk.hear(frame(token))) == [0]
+    # Nothing was said yet, so this takes effect at once; its prefix comes as late as the delays hold it back.
+    assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "sad", 1.0)]
+    heard = [tokens_of(talk.hear(frame(token))) for token in (17, 3, 18, 50, 53, 50, 53, 19)]
+    assert heard == [[17], [3], [18], [0], [0], [50], [53], [19]]
+
+
+def test_a_prefix_that_was_not_the_prefix_after_all(speaker):
+    """Its first token said by chance is held back, and the prefix itself still is."""
+    speaker.prefixes = {"happy": [50, 51]}
+    talk = Talk(speaker, 1, Opening(Steering("moody", "happy", 1.0), None, "opus", False))
+    talk.begin()
+    heard = [tokens_of(talk.hear(frame(token)))[0] for token in (50, 50, 17, 50, 51, 51)]
+    assert heard == [0, 0, 17, 0, 0, 51]
+
+
 def test_before_moshi_has_spoken_a_wish_takes_effect_at_once(talk, speaker):
     talk.hear(PADDING)
     assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "sad", 1.0)]
@@ -136,8 +164,8 @@ def test_later_it_waits_for_a_pause(talk, speaker):
     talk.hear(WORD)
     wanted = {"voice": "moody", "emotion": "sad", "strength": 1.0}
     assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "happy", 1.0, wanted)]
-    for frame in [PADDING] * (PAUSE_FRAMES - 1) + [WORD] + [PADDING] * (PAUSE_FRAMES - 1):
-        assert talk.hear(frame) == [frame]
+    for said in [PADDING] * (PAUSE_FRAMES - 1) + [WORD] + [PADDING] * (PAUSE_FRAMES - 1):
+        assert talk.hear(said) == [said]
     assert speaker.engine.calls == []
     assert talk.hear(PADDING) == [PADDING, steering("moody", "sad", 1.0)]
     assert speaker.engine.calls == [("steer", 1, "moody", "sad", 1.0)]
@@ -145,8 +173,8 @@ def test_later_it_waits_for_a_pause(talk, speaker):
 
 
 def test_in_a_pause_it_takes_effect_at_once(talk, speaker):
-    for frame in [WORD] + [PADDING] * PAUSE_FRAMES:
-        talk.hear(frame)
+    for said in [WORD] + [PADDING] * PAUSE_FRAMES:
+        talk.hear(said)
     assert talk.wish(Wish(voice="base")) == [steering("base", "happy", 1.0)]
 
 

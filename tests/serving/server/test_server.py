@@ -12,6 +12,8 @@ import pytest
 from hf_csm import __version__
 from hf_csm.serving import server as server_module
 from hf_csm.serving.limits import Limits
+from hf_csm.serving.voices import load_speaker
+from hf_csm.testing.server import converse
 from hf_csm.units import SAMPLES_PER_FRAME
 
 
@@ -326,5 +328,38 @@ def test_the_log_holds_no_query_no_text_and_no_token(fake_speaker, serving, capl
         assert [line for line in ours if line == 'request method="GET" path="/api/info" status=401']
         for secret in ("hunter", "private", "4711", "sad"):
             assert not [line for line in ours if secret in line]
+
+    run(test())
+
+
+def test_a_real_model_is_steered_in_two_slots(expressive, calm, serving):
+    """The tiny Moshi, two conversations with two adapters at once; what it is told does not come as text."""
+    noise = (0.1 * np.random.default_rng(0).normal(size=30 * SAMPLES_PER_FRAME)).astype(np.float32)
+    told, steps = [], []
+
+    async def test():
+        speaker = load_speaker([str(expressive), str(calm)], num_slots=2, device="cpu")
+        engine = speaker.engine
+        force_text, step = engine.force_text, engine.step
+        engine.force_text = lambda slot, tokens: (told.append((slot, list(tokens))), force_text(slot, tokens))
+        engine.step = lambda frames: steps.append(step(frames)) or steps[-1]
+        async with serving(speaker, Limits()) as served:
+            heard = await asyncio.gather(
+                converse(served.port, noise, query="emotion=happy"), converse(served.port, noise, query="emotion=calm")
+            )
+            async with served.connect("?events=1&voice=base") as ws:
+                await ws.send_str('{"type": "steer", "emotion": "sad", "strength": 0.5}')
+                assert await ws.receive_bytes() == b"\x00"
+                first, then = [await ws.receive_json(timeout=5) for _ in range(2)]
+                assert (first["voice"], then["voice"], then["emotion"], then["strength"]) == (
+                    "base", "expressive", "sad", 0.5
+                )  # fmt: skip
+        prefix = speaker.prefix(speaker.choose("happy"), "happy")
+        assert told[0] == (0, prefix) and prefix
+        said = [frames[0].text_token for frames in steps if 0 in frames]
+        assert said[: len(prefix)] == prefix
+        pieces = [speaker.tokenizer.id_to_piece(token) for token in said[len(prefix) :] if token not in (0, 3)]
+        assert heard[0].texts == [piece.replace("▁", " ") for piece in pieces][: len(heard[0].texts)]
+        assert all(len(one.audio) >= 24 * SAMPLES_PER_FRAME for one in heard)
 
     run(test())

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -6,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import sphn
-from aiohttp import WSMsgType
+from aiohttp import WSMsgType, web
 
 from hf_csm.serving.limits import Limits
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -436,6 +437,29 @@ def test_what_is_no_websocket_message_ends_the_conversation(fake_speaker, servin
             line.sendall(frame)
             await served.until(lambda: served.server.scheduler.num_free == 1)
             line.close()
+
+    run(test())
+
+
+def test_a_frame_that_never_ends_is_not_kept(fake_speaker, serving, monkeypatch):
+    kept, keep = [], web.RequestHandler.data_received
+    monkeypatch.setattr(web.RequestHandler, "data_received", lambda self, data: (kept.append(data), keep(self, data)))
+
+    async def test():
+        async with serving(fake_speaker(), Limits(check_s=0.02, closing_s=0.2)) as served:
+            line = raw_request(served)
+            await served.until(lambda: served.server.scheduler.num_free == 0)
+            await asyncio.to_thread(send_endless, line)
+            await served.until(lambda: served.server.scheduler.num_free == 1)
+            assert 2**18 < sum(map(len, kept)) < 2**20
+            assert served.count("drops_total", reason="bad_message") == 1
+            line.close()
+
+    def send_endless(line):
+        line.sendall(b"\x82\xff" + struct.pack(">Q", 2**40) + bytes(4))
+        with contextlib.suppress(OSError):
+            for _ in range(16):
+                line.sendall(bytes(2**18))
 
     run(test())
 
