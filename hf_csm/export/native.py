@@ -258,7 +258,7 @@ def export_checkpoint(
     """
     from hf_csm.export.merge import write_merged
 
-    folder = find_folder(checkpoint, revision, also=(ADAPTER_WEIGHTS_NAME, CORPORA_NAME))
+    folder = find_folder(checkpoint, revision, weights=False, also=(ADAPTER_WEIGHTS_NAME, CORPORA_NAME))
     adapter = find_adapter(folder, str(checkpoint))
     control = read_emotion_control(folder)
     config, _ = read_adapter(adapter)

@@ -27,7 +27,9 @@ DEFAULT_NAMES = {
 NAME_KEYS = (*DEFAULT_NAMES, "mimi_config_name", "lora_name")
 
 
-def find_folder(repo_or_folder: str | Path, revision: str | None = None, *, also: Sequence[str] = ()) -> Path:
+def find_folder(
+    repo_or_folder: str | Path, revision: str | None = None, *, weights: bool = True, also: Sequence[str] = ()
+) -> Path:
     """Return the folder of a model: as it is if local, else the cached copy of a Hub repository, fetched if need be.
 
     Of a repository, the small files come and the weights that its config.json names, all of one commit; nothing else.
@@ -36,6 +38,7 @@ def find_folder(repo_or_folder: str | Path, revision: str | None = None, *, also
     Args:
         repo_or_folder: folder, or `user/name` of a model on the Hub.
         revision: branch, tag or commit of the repository; its main branch by default.
+        weights: whether those that config.json names are wanted.
         also: more files that are wanted, as far as the repository has them.
 
     Raises:
@@ -56,7 +59,7 @@ def find_folder(repo_or_folder: str | Path, revision: str | None = None, *, also
             "Give a folder with a model's files, or a repository such as kyutai/moshiko-pytorch-bf16.",
         )
     with hub_errors(f"{name}: no such folder, and "):
-        return _fetch(name, revision, also)
+        return _fetch(name, revision, weights, also)
 
 
 def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path | None:
@@ -89,7 +92,7 @@ def weight_names(config: dict[str, str] | None) -> dict[str, str]:
     return DEFAULT_NAMES | {key: config[key] for key in NAME_KEYS if config.get(key)} if config else DEFAULT_NAMES
 
 
-def _fetch(repo_id: str, revision: str | None, also: Sequence[str]) -> Path:
+def _fetch(repo_id: str, revision: str | None, weights: bool, also: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -98,7 +101,9 @@ def _fetch(repo_id: str, revision: str | None, also: Sequence[str]) -> Path:
     commit = folder.name
     try:
         present = {name for name in (*SMALL_NAMES, *also) if fetch_file(repo_id, name, commit)}
-        if CONFIG_NAME in present:
+        if not weights:
+            names = []
+        elif CONFIG_NAME in present:
             names = [name for name in weight_names(_read_names(folder / CONFIG_NAME)).values() if "://" not in name]
         elif ADAPTER_CONFIG_NAME in present:
             names = [ADAPTER_WEIGHTS_NAME]

@@ -268,10 +268,12 @@ def test_an_adapter_of_peft_alone_is_exported(run, base_on_hub, tmp_path):
     assert find_checkpoint(str(out)).lora_weights == out / "lora.safetensors"
 
 
-def test_what_has_no_adapter_is_refused(base_on_hub, tmp_path, capsys):
+def test_what_has_no_adapter_is_refused_before_weights_are_fetched(hub, base_on_hub, tmp_path, capsys):
     with pytest.raises(UserError, match="kyutai/tiny has no folder adapter/ and is no PEFT adapter") as error:
         export_checkpoint(base_on_hub, tmp_path / "out")
     assert "Hub repository with an adapter" in error.value.remedy
+    assert not [request for request in hub.requests if "safetensors" in request and "adapter_model" not in request]
+    capsys.readouterr()
     assert main(["export", "user/none", "--out", str(tmp_path / "out")]) == 1
     problem, remedy = capsys.readouterr().err.splitlines()
     assert "user/none: no such folder, and the Hub has no such repository" in problem and "spelling" in remedy

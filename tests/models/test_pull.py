@@ -97,6 +97,12 @@ def test_more_can_be_asked_for(connected):
     assert "adapter_model.safetensors" in names_in(find_folder("user/adapter", also=["adapter_model.safetensors"]))
 
 
+def test_weights_can_be_left_out(connected):
+    folder = find_folder("user/adapter", weights=False, also=["adapter_model.safetensors"])
+    assert names_in(folder) == {"config.json", "emotions.json", "adapter_config.json", "adapter_model.safetensors"}
+    assert find_folder("user/legacy", weights=False).parent.parent.name == "models--user--legacy"
+
+
 def test_all_files_are_of_the_revision(connected):
     tagged, newest = find_folder("user/adapter", "v1"), find_folder("user/adapter")
     assert ((tagged / "l.bin").read_text(), (newest / "l.bin").read_text()) == ("v1", "v2")
