@@ -196,7 +196,11 @@ def check_out(path: Path) -> None:
 
 
 def write_audio(path: Path, speech: Speech, *, stereo: bool = False) -> None:
-    """Write the speech, beside and renamed; 16 bit, mono, or with `stereo` the user on the left and Moshi right."""
+    """Write the speech, beside and renamed; 16 bit, mono, or with `stereo` the user on the left and Moshi right.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     check_out(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = np.stack([speech.user, speech.audio], axis=1) if stereo else speech.audio
@@ -208,6 +212,10 @@ def write_audio(path: Path, speech: Speech, *, stereo: bool = False) -> None:
         os.umask(umask)
         os.chmod(beside, 0o666 & ~umask)
         os.replace(beside, path)
+    except soundfile.LibsndfileError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.error_string}", "Free some space, or name a file elsewhere."
+        ) from error
     finally:
         Path(beside).unlink(missing_ok=True)
 

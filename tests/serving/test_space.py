@@ -194,6 +194,21 @@ def test_a_revision_needs_one_model_and_a_push_a_token(deployed, hub, monkeypatc
         deployed.deploy(SPACE_ID, [MODEL_ID])
 
 
+def test_only_sources_are_sent(monkeypatch, tmp_path):
+    deploy = module("deploy")
+    for name in ("hf_csm/a.py", "hf_csm/page/b.html", "hf_csm/__pycache__/a.pyc", "dataset_builders/.secret", "c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(deploy, "ROOT", tmp_path)
+    assert sorted(deploy.space_files([])) == [
+        "README.md",
+        "app.py",
+        "hf_csm/a.py",
+        "hf_csm/page/b.html",
+        "requirements.txt",
+    ]
+
+
 CLIENT = """
 import os, socket, sys, torch
 torch.set_num_threads(1)
