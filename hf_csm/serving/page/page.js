@@ -8,7 +8,7 @@ const TOKEN_KEY = "hf-csm-token";
 const SILENT_S = 3;
 const BASE = "base"; // the voice without adapter
 const NEW_LINE_S = 1.5;
-const CONNECTED = "Connected. Speak: Moshi listens and answers at any time.";
+const CONNECTED = "Connected. Speak at any time.";
 
 const $ = (id) => document.getElementById(id);
 const question = new Question();
@@ -115,6 +115,7 @@ function chooseEmotion() {
   const emotion = chosen("emotion");
   if (!knows(voiceNamed(chosen("voice")), emotion))
     choose("voice", info.voices.find((voice) => knows(voice, emotion)).name);
+  if (emotion) fillAnswer(answers[1], chosen("voice"), emotion);
   steer({ voice: chosen("voice"), emotion });
 }
 
@@ -136,6 +137,7 @@ function steer(change) {
 function showSteering() {
   const now = current ? `Now: ${inWords(current)}.` : "";
   show("steering", pending ? `${now} At Moshi's next pause: ${inWords(pending)}.` : now);
+  if (!pending && document.activeElement === $("now")) document.querySelector("[name=emotion]:checked").focus();
   $("now").hidden = !pending;
 }
 
@@ -172,6 +174,7 @@ function talk() {
   complain(null);
   answers.forEach((answer) => answer.stop());
   $("transcript").replaceChildren();
+  show("asked", "");
   question.clear();
   current = pending = null;
   say("Connecting: your browser may ask for the microphone.");
@@ -259,16 +262,16 @@ async function ask() {
   const seed = info.seeds ? Math.floor(Math.random() * 2 ** 31) : null;
   try {
     for (const [i, answer] of answers.entries()) {
-      say(`Asking ${"AB"[i]}.`);
+      show("asked", `Asking ${"AB"[i]}.`);
       const onFrame = () => {
         $("asking").value = (i + answer.conversation.durationS / (question.durationS + answerS)) / 2;
       };
       const steering = { ...query(answer.voice.value, answer.emotion.value || null), seed };
       await answer.ask({ question, answerS, query: steering, token: token(), onFrame });
     }
-    say("Both have answered. Play them below.");
+    show("asked", "Both have answered.");
   } catch (problem) {
-    say("Not all was asked.");
+    show("asked", "Not all was asked.");
     complain(problem);
   }
   isComparing = false;

@@ -95,20 +95,20 @@ def worklet():
 class InThread:
     """Our server in a thread of this process, quicker to start than a process."""
 
-    def __init__(self, adapter, token):
+    def __init__(self, adapters, **options):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://localhost:{self.listener.getsockname()[1]}/"
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.speaker = load_speaker([str(adapter)])
-        self.server = self.run(self.begin(token))
+        self.speaker = load_speaker([str(adapter) for adapter in adapters])
+        self.server = self.run(self.begin(options))
 
     def run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=60)
 
-    async def begin(self, token):
-        server = Server(self.speaker, token=token)
+    async def begin(self, options):
+        server = Server(self.speaker, **options)
         await server.start([self.listener])
         return server
 
@@ -130,11 +130,11 @@ class InThread:
 
 @pytest.fixture
 def serve(expressive):
-    """The function that starts a server in a thread."""
+    """The function that starts a server in a thread, of `expressive` and other adapters."""
     with contextlib.ExitStack() as stack:
 
-        def serve(token=None):
-            server = InThread(expressive, token)
+        def serve(*adapters, **options):
+            server = InThread([expressive, *adapters], **options)
             stack.callback(server.stop)
             return server
 

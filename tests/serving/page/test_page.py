@@ -132,7 +132,7 @@ def test_the_same_question_gets_two_answers(open_page, url, tmp_path):
     page.locator("#answer-s").fill("1.5")
     page.locator("#ask").click()  # ends the conversation: the server may have one slot
     expect(page.locator("#talk")).to_be_disabled()
-    expect(page.locator("#status")).to_have_text("Both have answered. Play them below.", timeout=20000)
+    expect(page.locator("#asked")).to_have_text("Both have answered.", timeout=60_000)
     assert problem(page) == ""
     answers = page.locator(".answer")
     assert answers.nth(0).locator(".voice").input_value() == "base"
@@ -187,7 +187,55 @@ def press_until(page, key, selector):
     raise AssertionError(f"{key} does not lead to {selector}")
 
 
+def test_an_emotion_finds_the_voice_that_knows_it(open_page, serve, calm):
+    page = open_page(serve(calm).url)
+    page.get_by_label("angry").check()
+    assert page.locator(".answer .emotion").nth(1).input_value() == "angry"  # what will be compared
+    page.locator(".choices").get_by_text("calm").last.click()
+    expect(page.locator("input[name=voice][value=calm]")).to_be_checked()
+    start(page)
+    expect(page.locator("#steering")).to_have_text("Now: calm, calm, 1.00.")
+    page.get_by_label("expressive").check()
+    expect(page.locator("input[name=emotion]").first).to_be_checked()
+    page.locator("#now").click()
+    expect(page.locator("#steering")).to_have_text("Now: expressive, no emotion, 1.00.")
+
+
+def test_the_emotion_that_the_server_was_started_with(open_page, serve):
+    page = open_page(serve(default_emotion="sad").url)
+    start(page)
+    expect(page.locator("#steering")).to_have_text("Now: expressive, sad, 1.00.")
+    expect(page.get_by_label("sad")).to_be_checked()
+
+
 # ---- what goes wrong ----
+
+
+ENDINGS = {
+    1001: "The server is shutting down.",
+    1008: "The server ended the conversation: too fast.",
+    1009: "a message was too large",
+    1011: "it has failed. Its log says more.",
+    1013: "The server is too fast.",
+    4000: "The server ended the conversation (4000 too fast).",
+}
+
+
+def test_how_a_server_ends_a_conversation(open_page, url):
+    page = open_page(url)
+    codes = iter(ENDINGS)
+
+    def hold(connection):
+        connection.send(b"\0")
+        connection.send('{"type": "error", "message": "Not this."}')
+        expect(page.locator("#problem")).to_have_text("Not this.")
+        connection.close(code=next(codes), reason="too fast")
+
+    page.route_web_socket("**/api/chat*", hold)
+    for words in ENDINGS.values():
+        page.locator("#talk").click()
+        expect(page.locator("#problem")).to_contain_text(words)
+        expect(page.locator("#talk")).to_have_text("Start talking")
 
 
 def test_a_busy_server(open_page, url):
@@ -305,12 +353,13 @@ def test_a_token(open_page, serve):
 # ---- for everybody ----
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_can_be_read_and_named(open_page, url, scheme):
-    page = open_page(url, color_scheme=scheme)
+def test_it_can_be_read_and_named(open_page, url):
+    page = open_page(url)
     start(page)
     expect(page.locator("#transcript .said").first).to_be_visible()
-    assert page.evaluate(LOW_CONTRAST) == []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate(LOW_CONTRAST) == []
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     kinds = {"button", "slider", "radio", "combobox", "spinbutton", "meter", "log", "group", "region", "article"}
     found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node["ignored"]]
