@@ -106,6 +106,7 @@ async def hold(server: Server, sockets: Sequence[socket.socket], tls: ssl.SSLCon
     try:
         await server.start(sockets, tls)
     except OSError as error:  # another server took the port while the model was loaded
+        await server.scheduler.stop()
         raise explain(error, *sockets[0].getsockname()[:2]) from error
     for number in SIGNALS:
         loop.add_signal_handler(number, stop)

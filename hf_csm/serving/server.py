@@ -73,6 +73,7 @@ class Server:
         self._page = {"/" + path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()}
         self._sessions: dict[Session, asyncio.Task[object] | None] = {}
         self._busy: set[object] = set()  # connections with a request under way
+        self._is_stopping = False
         self._listeners: list[asyncio.Server] = []
 
     async def start(self, sockets: Sequence[socket], tls: ssl.SSLContext | None = None) -> None:
@@ -82,7 +83,7 @@ class Server:
             RuntimeError: the engine failed.
         """
         await self.scheduler.start()
-        self._runner = web.AppRunner(self._application())
+        self._runner = web.AppRunner(self._application(), shutdown_timeout=self.limits.closing_s)
         await self._runner.setup()
         create_server, handshake_s = asyncio.get_running_loop().create_server, self.limits.request_s if tls else None
         for listener in sockets:
@@ -93,6 +94,7 @@ class Server:
 
     async def stop(self) -> None:
         """End all conversations, then everything else."""
+        self._is_stopping = True
         for listener in self._listeners:
             listener.close()
         tasks = [task for task in self._sessions.values() if task is not None]
@@ -211,6 +213,8 @@ class Server:
             default_emotion=self._default_emotion,
         )
         self._sessions[session] = asyncio.current_task()
+        if self._is_stopping:
+            session.end(SERVER_STOPS)
         try:
             await session.run()
         finally:

@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from hf_csm.errors import UserError
 from hf_csm.models.streaming import Frame
 from hf_csm.serving.connection import Connection
-from hf_csm.serving.control import HANDSHAKE_NOW, Talk, error_message, read_control, read_query
+from hf_csm.serving.control import HANDSHAKE_NOW, TRUE, Talk, error_message, read_control, read_query
 from hf_csm.serving.journal import write
 from hf_csm.serving.limits import Limits, TokenBucket, close_reason
 from hf_csm.serving.metrics import Metrics
@@ -152,7 +152,7 @@ class Session:
         if self._transport is not None:
             self._transport.set_write_buffer_limits(high=UNSENT_BYTES)
         lane.call(self._talk.begin)
-        tasks = [asyncio.create_task(self._guard(work)) for work in (self._receive(), self._send(), self._watch())]
+        tasks = [asyncio.create_task(self._guard(work)) for work in (self._receive, self._send, self._watch)]
         end = End("server_stops", WSCloseCode.GOING_AWAY, "the server is going down")
         try:
             end = await self._over
@@ -177,7 +177,7 @@ class Session:
     async def _refuse(self, error: UserError, end: End) -> None:
         self._metrics.refused.labels(end.label).inc()
         write("conversation refused", session=self.number, why=end.label)
-        if self._query.get("events") == "1":
+        if self._query.get("events", "").lower() in TRUE:
             await self._quietly(self._socket.send_json(error_message(error)))
         await self._close(end)
 
@@ -192,9 +192,9 @@ class Session:
         with contextlib.suppress(OSError, RuntimeError, asyncio.TimeoutError):  # nobody is there to be told
             await asyncio.wait_for(sending, self._limits.closing_s + 0.5)
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await work
+            await work()
         except (ConnectionError, aiohttp.ClientError):
             self.end(VANISHED)
         except asyncio.CancelledError:
