@@ -67,8 +67,8 @@ class Speaker:
         return self.models.choose(emotion, voice)
 
     def prefix(self, voice: Voice, emotion: str | None) -> list[int]:
-        """Return the text tokens that tell `voice` the emotion; none if it is not told, or not this one."""
-        return voice.control.tokens(emotion, self.tokenizer) if emotion in voice.emotions else []
+        """Return the text tokens that tell `voice` an emotion it knows; none if it is not told."""
+        return voice.control.tokens(emotion, self.tokenizer)
 
     def steer(self, slot: int, voice: Voice, emotion: str | None, strength: float = 1.0) -> None:
         """Speak in `slot` with this voice alone from the next step on, and queue the prefix of the emotion.
