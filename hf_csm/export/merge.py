@@ -35,8 +35,8 @@ from hf_csm.models.moshi import MoshiCheckpoint, MoshiLM
 
 
 WEIGHTS_NAME = "model.safetensors"
-PIECE_NUMBERS = 1 << 24
-"""Most numbers of a weight that are merged at once: 64 MB in float32, and as much again for the update."""
+PIECE_NUMBERS = 1 << 22
+"""Most numbers of a weight that are merged at once: 16 MB in float32, and as much again for the update."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FUSED = {"in_projs": ("in_proj_weight", "in_proj.weight"), "out_projs": ("out_proj.weight",)}
 """Under which names older files hold the projections of all steps in one matrix; moshi splits it as it loads."""
@@ -160,7 +160,7 @@ def check_merged(
         for tensor in tensors:
             file.seek(stored[tensor.name].start)
             for piece in _pieces(tensor, updates.get(tensor.name, []), base):
-                if file.read(len(piece)) != piece:
+                if file.read(len(piece)) != bytes(piece):
                     raise ExportError(f"{path}: {tensor.name} is not the merged weight.")
 
 
@@ -257,7 +257,7 @@ def _write(
     (folder / CONFIG_NAME).write_text(text + "\n")
 
 
-def _pieces(tensor: StoredTensor, updates: list[Update], base: BinaryIO) -> Iterator[bytes]:
+def _pieces(tensor: StoredTensor, updates: list[Update], base: BinaryIO) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a merged tensor in order."""
     base.seek(tensor.start)
     if not updates:
@@ -274,10 +274,11 @@ def _pieces(tensor: StoredTensor, updates: list[Update], base: BinaryIO) -> Iter
             row += num_rows
         for first in range(0, len(update.high), most_rows):
             high = update.high[first : first + most_rows]
-            stored = torch.frombuffer(bytearray(base.read(len(high) * tensor.row_bytes)), dtype=DTYPES[tensor.dtype])
-            weight = stored.view(len(high), num_columns).float()
+            stored = torch.empty(len(high), num_columns, dtype=DTYPES[tensor.dtype])
+            base.readinto(memoryview(stored.view(torch.uint8).numpy()))
+            weight = stored.float()
             weight += update.scaling * (high.detach().cpu().float() @ update.low.detach().cpu().float())
-            yield bytes(weight.to(stored.dtype).view(torch.uint8).numpy())
+            yield memoryview(weight.to(stored.dtype).view(torch.uint8).numpy()).cast("B")
         row += len(update.high)
     while row < tensor.shape[0]:
         num_rows = min(most_rows, tensor.shape[0] - row)

@@ -1,82 +1,85 @@
-import json
+import shutil
 
 import pytest
 
 from hf_csm.config import DatasetConfig, Replay, Source
-from hf_csm.data.terms import CorpusTerms, corpora_of, count_windows, read_corpora, with_earlier, write_corpora
+from hf_csm.data.terms import (
+    CorpusTerms,
+    corpora_of,
+    count_windows,
+    read_corpora,
+    with_earlier,
+    write_corpora,
+)
 from hf_csm.data.windows import training_table
 from hf_csm.errors import UserError
-from hf_csm.testing.codes import RandomWindow, write_random_codes
+from hf_csm.testing.hub import LocalHub
 
 
-TALK = CorpusTerms("talk", "Talk", "cc-by-4.0", replay=True, emotions={"unlabelled": 2}, languages=["en"])
+def edited(codes, folder, old, new):
+    shutil.copytree(codes, folder)
+    text = (folder / "README.md").read_text()
+    assert old in text
+    (folder / "README.md").write_text(text.replace(old, new))
+    return folder
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    """Tables of two corpora of the user's own, one of them for replay, and what trains on the happy windows."""
-    windows = [RandomWindow("happy"), RandomWindow("happy", language="zh"), RandomWindow("sad", language="fr")]
-    write_random_codes(tmp_path / "codes" / "mine", [*windows, RandomWindow("happy", split="validation")])
-    write_random_codes(tmp_path / "codes" / "talk", [RandomWindow(None, 50, language=None)])
-    return DatasetConfig(
-        sources=[Source(str(tmp_path / "codes" / "mine"))],
-        replay=Replay(str(tmp_path / "codes" / "talk"), 0.5),
-        emotions=["happy"],
-    )
+def test_a_run_knows_its_corpora_their_terms_and_their_windows(codes, tmp_path):
+    other = edited(codes, tmp_path / "other", "fingerprint: ", "fingerprint: x")
+    config = DatasetConfig(sources=[Source(str(codes))], emotions=["happy", "sad"], replay=Replay(str(other), 0.2))
+    table = training_table(config, None)
+    trained, replay = count_windows(corpora_of(config), table)
+    assert (trained.corpus, trained.title, trained.license) == ("ravdess", "RAVDESS", "cc-by-nc-sa-4.0")
+    assert "Livingstone" in trained.notice and trained.not_to_be_published is None and trained.table is None
+    assert set(trained.emotions) == {"happy", "sad"} and sum(trained.emotions.values()) == trained.num_windows
+    assert replay.replay and set(replay.emotions) == {"angry", "happy", "neutral", "sad"}
+    assert trained.num_windows + replay.num_windows == len(table)
+    assert trained.duration_s + replay.duration_s == pytest.approx(table.num_frames.sum() * 0.08)
+    write_corpora([trained, replay], tmp_path)
+    assert read_corpora(tmp_path) == [trained, replay]
 
 
-def test_windows_are_counted_as_they_are_trained_on(dataset):
-    mine, talk = count_windows(corpora_of(dataset), training_table(dataset, None))
-    assert (mine.corpus, mine.license, mine.replay, mine.table) == ("mine", "unknown", False, None)
-    assert (mine.num_windows, mine.duration_s, mine.emotions, mine.languages) == (2, 4.0, {"happy": 2}, ["en", "zh"])
-    assert (talk.corpus, talk.replay, talk.emotions, talk.languages) == ("talk", True, {"unlabelled": 1}, [])
-    assert talk.duration_s == 4.0
+def test_a_table_on_the_hub_keeps_its_name_and_revision(codes, tmp_path):
+    from hf_csm.export.push_table import push_table
+
+    with LocalHub(tmp_path / "hub") as hub, hub.connected(tmp_path / "home"):
+        push_table(codes, "user/codes")
+        (found,) = corpora_of(DatasetConfig(sources=[Source("user/codes", revision="main")]))
+    assert (found.table, found.revision) == ("user/codes", "main")
 
 
-def test_what_is_written_is_read(tmp_path):
-    write_corpora([TALK], tmp_path)
-    assert read_corpora(tmp_path) == [TALK]
-    assert [path.name for path in tmp_path.iterdir()] == ["corpora.json"]
+@pytest.mark.parametrize("old, new", [("builder: ravdess", "builder: esd"), ("corpus: ravdess", "corpus: esd")])
+def test_an_edited_card_does_not_make_a_corpus_free(codes, tmp_path, old, new):
+    folder = edited(codes, tmp_path / "edited", old, new)
+    (found,) = corpora_of(DatasetConfig(sources=[Source(str(folder))]))
+    assert found.not_to_be_published and "form" in found.not_to_be_published
 
 
-def test_a_file_of_another_version_is_read_as_far_as_it_is_known(tmp_path):
-    row = {"corpus": "own", "title": "Own", "license": "mit", "voices": 3}
-    (tmp_path / "corpora.json").write_text(json.dumps([row]))
-    assert read_corpora(tmp_path) == [CorpusTerms("own", "Own", "mit")]
+def test_nor_does_an_edited_record(tmp_path):
+    write_corpora([CorpusTerms("msp_podcast", "Podcasts", "cc0-1.0", num_windows=3)], tmp_path)
+    (found,) = read_corpora(tmp_path)
+    assert found.not_to_be_published and (found.license, found.num_windows) == ("other", 3)
 
 
-def test_nobody_can_edit_the_terms_of_a_corpus_that_is_known(tmp_path):
-    write_corpora([CorpusTerms("ravdess", "Mine", "mit"), CorpusTerms("esd", "Mine", "mit")], tmp_path)
-    ravdess, esd = read_corpora(tmp_path)
-    assert (ravdess.license, ravdess.title) == ("cc-by-nc-sa-4.0", "RAVDESS")
-    assert esd.not_to_be_published is not None
+def test_a_manifest_is_of_the_corpus_that_the_card_beside_it_names_or_of_nobody(codes, tmp_path):
+    (unknown,) = corpora_of(DatasetConfig(manifest_path=str(tmp_path / "talks.jsonl")))
+    assert (unknown.corpus, unknown.license, unknown.table) == ("talks", "unknown", None)
+    shutil.copy(codes / "README.md", tmp_path)
+    (known,) = corpora_of(DatasetConfig(manifest_path=str(tmp_path / "talks.jsonl")))
+    assert known.corpus == "ravdess"
 
 
-def test_what_a_run_was_trained_on_before_it_was_resumed_stays(tmp_path):
-    own = CorpusTerms("own", "Own", "mit")
-    assert with_earlier([own], tmp_path) == [own]
-    write_corpora([TALK, CorpusTerms("own", "Own", "mit", num_windows=9)], tmp_path)
-    assert with_earlier([own], tmp_path) == [own, TALK]
+def test_what_a_run_goes_on_from_stays_in_its_weights(tmp_path):
+    old, new = CorpusTerms("esd", "ESD", "other"), CorpusTerms("ravdess", "RAVDESS", "mit", num_windows=2)
+    assert with_earlier([new], tmp_path) == [new]
+    write_corpora([old, CorpusTerms("ravdess", "RAVDESS", "mit", num_windows=1)], tmp_path)
+    found = with_earlier([new], tmp_path)
+    assert [terms.corpus for terms in found] == ["ravdess", "esd"] and found[0] is new
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "[",
-        "{}x",
-        "[1]",
-        '[{"corpus": "a"}]',
-        '[{"corpus": 1, "title": "A", "license": "mit"}]',
-        '[{"corpus": "a", "title": "A", "license": null}]',
-        '[{"corpus": "a", "title": "A", "license": "mit", "emotions": null}]',
-        '[{"corpus": "a", "title": "A", "license": "mit", "emotions": ["sad"]}]',
-        '[{"corpus": "a", "title": "A", "license": "mit", "emotions": {"sad": "many"}}]',
-        '[{"corpus": "a", "title": "A", "license": "mit", "languages": [1]}]',
-        '[{"corpus": "a", "title": "A", "license": "mit", "table": 1}]',
-    ],
-)
-def test_a_damaged_file_is_refused(tmp_path, content):
-    (tmp_path / "corpora.json").write_text(content)
+@pytest.mark.parametrize("text", ["", "[1]", "{", '[{"corpus": "a"}]', '{"a": 1}'])
+def test_a_damaged_record_is_named(tmp_path, text):
+    (tmp_path / "corpora.json").write_text(text)
     with pytest.raises(UserError, match="corpora.json cannot be read") as error:
         read_corpora(tmp_path)
-    assert "\n" not in error.value.problem + error.value.remedy
+    assert "--resume-from-checkpoint latest" in error.value.remedy
