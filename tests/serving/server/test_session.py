@@ -307,6 +307,7 @@ def test_a_slow_reader_is_dropped_and_the_others_do_not_notice(fake_speaker, ser
         async with serving(speaker, limits) as served:
             line = raw_request(served, "?audio=pcm", buffer=4096)
             await served.until(lambda: served.server.scheduler.num_free == 1)
+            (slow,) = served.server._sessions
             async with served.connect("?audio=pcm") as good:
                 await good.receive_bytes()
                 sending = asyncio.create_task(asyncio.to_thread(send_much, line))
@@ -317,6 +318,7 @@ def test_a_slow_reader_is_dropped_and_the_others_do_not_notice(fake_speaker, ser
                         assert (await good.receive_bytes(timeout=5))[0] == 1
                     num_frames += 1
                 assert num_frames > 5
+                assert slow._lane.num_frames < 150  # 2 s, and what fits the line
                 assert served.server.scheduler.num_free == 1
                 await served.until(lambda: len(served.server._runner.server.connections) == 1)  # cut off
                 await sending
@@ -328,6 +330,22 @@ def test_a_slow_reader_is_dropped_and_the_others_do_not_notice(fake_speaker, ser
                 line.sendall(masked(b"\x01" + 10 * FRAME))
         except OSError:
             pass
+
+    run(test())
+
+
+def test_who_asks_much_and_reads_nothing_is_dropped(fake_speaker, serving):
+    async def test():
+        limits = Limits(**QUICK, max_unsent_s=1.0, messages_burst=100_000)
+        async with serving(fake_speaker(), limits) as served:
+            line = raw_request(served, buffer=4096)
+            await asyncio.to_thread(send_pings, line)
+            await served.until(lambda: served.count("drops_total", reason="slow_reader"))
+            line.close()
+
+    def send_pings(line):
+        with contextlib.suppress(OSError):
+            line.sendall(masked(bytes(125), opcode=9) * 5000)
 
     run(test())
 
