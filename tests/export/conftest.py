@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import shutil
 
 import pytest
@@ -18,10 +17,6 @@ from hf_csm.testing.hub import LocalHub
 
 BASE = "kyutai/tiny"
 RAVDESS = CorpusTerms("ravdess", "RAVDESS", "cc-by-nc-sa-4.0", num_windows=4, duration_s=40.0, emotions={"happy": 4})
-METRICS = [
-    *({"step": step, "loss": 5.0 - step / 100} for step in range(1, 11)),
-    {"step": 10, "eval_loss": 4.5, "eval_base_loss": 5.0},
-]
 
 
 @pytest.fixture
@@ -45,7 +40,7 @@ def base_on_hub(hub, tiny_moshi):
 
 
 def write_run(folder, tiny_moshi, base=BASE):
-    """Write a run with two checkpoints of random adapters, as training leaves them."""
+    """Write a run with two checkpoints of random adapters, as training leaves them, but for the metrics."""
     found = find_checkpoint(str(tiny_moshi))
     found = dataclasses.replace(found, name_or_path=str(tiny_moshi) if base is None else base)
     for step in (5, 10):
@@ -63,7 +58,6 @@ def write_run(folder, tiny_moshi, base=BASE):
         dataset=DatasetConfig(sources=[Source(str(folder / "codes" / "ravdess"))]),
     )
     (folder / "config.yaml").write_text(dump_run_config(config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
     write_corpora([RAVDESS], folder)
     return folder
 

@@ -53,6 +53,11 @@ def snapshot(repo_id, revision=None):
     return Path(snapshot_download(repo_id, revision=revision))
 
 
+def write_metrics(run):
+    lines = [*({"step": step, "loss": 5.0 - step / 100} for step in range(1, 11)), {"step": 10, "eval_loss": 4.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def puts(hub):
     return [request for request in hub.requests if request.startswith("PUT /lfs/")]
 
@@ -81,6 +86,7 @@ def test_what_is_pushed_is_found_on_a_clean_cache_serves_and_loads_with_peft(hub
 
 
 def test_the_card_and_what_goes_with_it_say_what_was_trained(hub, base_on_hub, run):
+    write_metrics(run)
     push_model(run / "best", "user/happy")
     info = HfApi().model_info("user/happy")
     assert info.card_data.base_model == BASE and info.card_data.license == "cc-by-nc-sa-4.0"
@@ -118,6 +124,7 @@ def test_merged_weights_are_those_of_the_trained_model(hub, base_on_hub, run):
     assert remote_json("user/merged", "config.json")["moshi_name"] == "model.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_export_is_pushed_as_its_checkpoint_is(hub, base_on_hub, run, tmp_path, merged):
     push_model(run / "best", "user/run", merged=merged)
@@ -148,6 +155,7 @@ def test_a_clip_that_may_be_of_a_corpus_is_refused(hub, base_on_hub, run, name, 
 
 
 def test_pushing_again_changes_nothing_and_another_checkpoint_replaces_it(hub, base_on_hub, run):
+    write_metrics(run)
     push_model(run / "checkpoint_000005", "user/happy")
     before, num_puts = HfApi().model_info("user/happy").sha, len(puts(hub))
     push_model(run / "checkpoint_000005", "user/happy")
@@ -363,7 +371,7 @@ def test_two_pushes_of_one_checkpoint_do_not_mix(hub, base_on_hub, run):
 # The token
 
 
-@pytest.mark.parametrize("failing", [None, 403, 500, "cut"])
+@pytest.mark.parametrize("failing", [None, 500, "cut"])
 def test_the_token_is_never_printed_logged_or_written(hub, base_on_hub, run, tmp_path, capfd, caplog, failing):
     caplog.set_level(logging.DEBUG)
     if failing is not None:
@@ -389,7 +397,7 @@ def test_an_upload_that_the_server_cuts_is_completed_by_the_next_push(hub, base_
     hub.recover()
     num_cut = len(puts(hub))
     push_model(run / "checkpoint_000005", "user/happy")
-    assert len(puts(hub)) - num_cut == 2  # of the plot and two files of weights, one had arrived
+    assert len(puts(hub)) - num_cut == 1  # of two files of weights, one had arrived
 
 
 @pytest.mark.slow
@@ -449,6 +457,7 @@ def test_a_push_that_is_killed_at_random_moments_is_completed_by_the_next_one(
     hub, base_on_hub, run, merged, num_moments
 ):
     chance = random.Random(0)
+    write_metrics(run)
     for repo_id in ("user/first", "user/reference"):  # the first one fetches the base
         hub.requests = []
         start = time.perf_counter()
