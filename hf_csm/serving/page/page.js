@@ -8,6 +8,7 @@ const TOKEN_KEY = "hf-csm-token";
 const SILENT_S = 3;
 const BASE = "base"; // the voice without adapter
 const NEW_LINE_S = 1.5;
+const SUSPENDED = "The sound is suspended. Touch the page, or press a key, to go on.";
 const CONNECTED = "Connected. Speak at any time.";
 
 const $ = (id) => document.getElementById(id);
@@ -183,7 +184,11 @@ function talk() {
     query: query(isChosen ? chosen("voice") : null, isChosen ? chosen("emotion") : null),
     token: token(),
     onStart: () => {
-      say(CONNECTED);
+      const { context } = live.audio;
+      context.onstatechange = () => {
+        if (live?.audio?.context === context) say(context.state === "running" ? CONNECTED : SUSPENDED);
+      };
+      context.onstatechange();
       keepAwake();
     },
     onWords: addWords,

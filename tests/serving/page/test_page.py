@@ -319,6 +319,17 @@ def test_a_microphone_that_is_unplugged_or_muted(open_page, url):
     expect(page.locator("#download")).to_be_enabled()
 
 
+def test_sound_that_the_phone_suspended(open_page, url):
+    page = open_page(
+        url, "AudioContext = class extends AudioContext { constructor(...o) { super(...o); window.context = this; } }"
+    )
+    start(page)
+    page.evaluate("context.suspend()")
+    expect(page.locator("#status")).to_contain_text("The sound is suspended. Touch the page")
+    page.locator("h1").click()
+    expect(page.locator("#status")).to_contain_text("Connected.")
+
+
 @pytest.mark.parametrize("way", ["stop", "cut"])
 def test_a_server_that_goes_away(open_page, serve, tmp_path, way):
     server = serve()
