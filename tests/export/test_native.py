@@ -243,26 +243,42 @@ def test_an_export_says_which_emotions_the_run_was_trained_on(run, base_on_hub, 
     assert read_corpora(out) == read_corpora(run)
 
 
-@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_adapter_on_the_hub_is_exported_as_its_checkpoint_is(run, base_on_hub, tmp_path, merged):
+def test_an_adapter_on_the_hub_is_exported_at_its_revision(run, base_on_hub, tmp_path):
     push_model(run / "checkpoint_000005", "user/adapter", revision="old")
     push_model(run / "checkpoint_000010", "user/adapter")
-    for step, revision in ((5, "old"), (10, None)):
-        local = export_checkpoint(run / f"checkpoint_{step:06d}", tmp_path / "local", merged=merged)
-        arguments = ["export", "user/adapter", "--out", str(tmp_path / "pulled")]
-        arguments += ["--revision", revision] if revision else []
-        assert main(arguments + (["--merged"] if merged else [])) == 0
-        names = sorted(path.name for path in local.iterdir())
-        assert "emotions.json" in names and sorted(path.name for path in (tmp_path / "pulled").iterdir()) == names
-        for name in set(names) - {"README.md"}:
-            assert (tmp_path / "pulled" / name).read_bytes() == (local / name).read_bytes(), name
+    out = tmp_path / "out"
+    for step, more in ((5, ["--revision", "old"]), (10, [])):
+        assert main(["export", "user/adapter", "--out", str(out), *more]) == 0
+        trained = run / f"checkpoint_{step:06d}"
+        for name in ("config.json", "lora.safetensors"):
+            assert (out / name).read_bytes() == (trained / "consolidated" / name).read_bytes()
+        weights = (trained / "adapter" / "adapter_model.safetensors").read_bytes()
+        assert (out / "adapter_model.safetensors").read_bytes() == weights
+        assert read_emotion_control(out) == EmotionControl(
+            "prefix", "({emotion})", ("happy",), base_on_hub, None, step
+        )
+        assert [terms.corpus for terms in read_corpora(out)] == ["ravdess"]
+
+
+@pytest.mark.slow
+def test_an_adapter_on_the_hub_is_merged_as_its_checkpoint_is(run, base_on_hub, tmp_path):
+    push_model(run / "best", "user/adapter")
+    local, pulled = (
+        export_checkpoint(source, tmp_path / name, merged=True)
+        for source, name in ((run / "best", "local"), ("user/adapter", "pulled"))
+    )
+    names = {path.name for path in local.iterdir()}
+    assert names == {path.name for path in pulled.iterdir()} == {
+        "config.json", "corpora.json", "emotions.json", "model.safetensors"
+    }  # fmt: skip
+    assert all((local / name).read_bytes() == (pulled / name).read_bytes() for name in names)
 
 
 def test_an_adapter_of_peft_alone_is_exported(run, base_on_hub, tmp_path):
     HfApi().create_repo("user/peft")
     HfApi().upload_folder(folder_path=run / "best" / "adapter", repo_id="user/peft")
-    out = export_checkpoint("user/peft", tmp_path / "pulled")
-    weights = (export_checkpoint(run / "best", tmp_path / "local") / "lora.safetensors").read_bytes()
+    out = export_checkpoint("user/peft", tmp_path / "out")
+    weights = (run / "best" / "consolidated" / "lora.safetensors").read_bytes()
     assert (out / "lora.safetensors").read_bytes() == weights
     assert read_emotion_control(out) == EmotionControl(base_model=base_on_hub)
     assert find_checkpoint(str(out)).lora_weights == out / "lora.safetensors"
