@@ -190,11 +190,10 @@ class Scheduler:
         return None
 
     def add(self, lane: Lane, work: np.ndarray | Command) -> None:
-        """Queue work for a lane that is still taken."""
+        """Queue work for a lane; it is never done if the lane was given back."""
         with self._changed:
-            if self._lanes.get(lane.slot) is lane:
-                lane.add(work)
-                self._changed.notify()
+            lane.add(work)
+            self._changed.notify()
 
     def free(self, lane: Lane) -> None:
         """Forget a lane with all it has queued."""

@@ -292,6 +292,18 @@ def test_connections_are_limited_and_silent_ones_closed(fake_speaker, serving):
     run(test())
 
 
+def test_a_connection_that_asks_no_more_is_closed(fake_speaker, serving):
+    async def test():
+        limits = Limits(check_s=0.02, request_s=0.3, closing_s=0.5)
+        async with serving(fake_speaker(), limits) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await asyncio.wait_for(reader.read(), 5)).endswith(b'{"status": "ok"}')
+            writer.close()
+
+    run(test())
+
+
 def test_going_down_is_said_to_those_who_talk(fake_speaker, serving):
     async def test():
         async with serving(fake_speaker(2)) as served:
@@ -346,6 +358,7 @@ def test_the_log_holds_no_query_no_text_and_no_token(fake_speaker, serving, capl
     run(test())
 
 
+@pytest.mark.slow
 def test_a_real_model_is_steered_in_two_slots(expressive, calm, serving):
     """The tiny Moshi, two conversations with two adapters at once; what it is told does not come as text."""
     noise = (0.1 * np.random.default_rng(0).normal(size=30 * SAMPLES_PER_FRAME)).astype(np.float32)

@@ -240,9 +240,9 @@ def test_audio_in_many_messages_is_no_flood(fake_speaker, serving):
     async def test():
         limits = Limits(**QUICK, messages_burst=5, messages_per_s=1)
         async with serving(fake_speaker(), limits) as served, served.connect("?audio=pcm") as ws:
-            for _ in range(100):
+            for _ in range(300):  # 1.1 MB in all
                 await ws.send_bytes(b"\x01" + FRAME)
-            for _ in range(100):
+            for _ in range(300):
                 assert (await ws.receive_bytes(timeout=5))[0] in (0, 1)
 
     run(test())
