@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import shutil
 import socket
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ from hf_csm.testing.server import ServerProcess
 from hf_csm.units import SAMPLE_RATE
 
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 expect.set_options(timeout=20_000)  # two cores, shared by browser, server and tests
 PAGE = Path(__file__).parents[3] / "hf_csm" / "serving" / "page"
 
@@ -36,8 +37,8 @@ def microphone(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def browser(microphone):
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
     arguments = [
         "--no-sandbox",
         "--use-fake-device-for-media-stream",
