@@ -368,6 +368,16 @@ def test_two_pushes_of_one_checkpoint_do_not_mix(hub, base_on_hub, run):
     push_model(run / "best", "user/happy")
 
 
+def test_what_a_killed_push_has_left_is_not_published(hub, base_on_hub, run):
+    left = run / ".checkpoint_000010.push" / "samples"
+    left.mkdir(parents=True)
+    (left / "old.wav").write_bytes(b"of another time")
+    (left.parent / "lora.safetensors").write_bytes(b"half")
+    push_model(run / "best", "user/happy")
+    assert "samples/old.wav" not in remote_files("user/happy") and not leftovers(run)
+    assert (snapshot("user/happy") / "lora.safetensors").stat().st_size > 1000
+
+
 # The token
 
 

@@ -15,13 +15,13 @@ ON_HUB = CorpusTerms("ravdess", "RAVDESS", "cc-by-nc-sa-4.0", table="user/ravdes
 
 def test_options_go_without_local_places_and_stay_options(tmp_path):
     config = RunConfig(
-        run_dir="/home/ann/runs/happy",
+        run_dir="ann/runs/happy",
         resume_from_checkpoint="/home/ann/runs/old/checkpoint_000005",
         moshi_paths=MoshiPaths(hf_repo_id="/home/ann/base"),
         dataset=DatasetConfig(
             sources=[Source("/home/ann/codes/mine"), Source("user/ravdess"), Source("codes/secret")],
-            val_manifest_path="../codes/validation",
-            replay=Replay("/home/ann/dialogues", 0.1),
+            val_manifest_path="codes/ann/validation",
+            replay=Replay("ann/talks/dialogues", 0.1),
         ),
         training=TrainingConfig(push_to_hub="user/happy"),
     )
