@@ -12,8 +12,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import peft
 import torch
@@ -257,7 +257,7 @@ def _write(
     (folder / CONFIG_NAME).write_text(text + "\n")
 
 
-def _pieces(tensor: StoredTensor, updates: list[Update], base: BinaryIO) -> Iterator[bytes | memoryview]:
+def _pieces(tensor: StoredTensor, updates: list[Update], base: BufferedReader) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a merged tensor in order."""
     base.seek(tensor.start)
     if not updates:

@@ -1,11 +1,6 @@
 import json
 import logging
-import os
-import random
 import shutil
-import signal
-import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +10,6 @@ import pytest
 import soundfile
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils import reset_sessions
 from safetensors.torch import load_file
 
 from hf_csm import cli
@@ -187,48 +181,6 @@ def test_the_number_of_requests_does_not_grow_with_the_checkpoint(hub, base_on_h
 # What is refused
 
 
-def test_a_base_on_this_machine_only_is_refused_until_its_like_on_the_hub_is_named(hub, base_on_hub, local_run):
-    with pytest.raises(UserError, match="nobody else has") as error:
-        push_model(local_run / "best", "user/happy")
-    assert "--base-model USER/NAME" in error.value.remedy and not HfApi().repo_exists("user/happy")
-    push_model(local_run / "best", "user/happy", base_model=BASE)
-    assert remote_json("user/happy", "config.json")["moshi_name"] == f"hf://{BASE}/model.safetensors"
-    assert remote_json("user/happy", "adapter_config.json")["base_model_name_or_path"] == BASE
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_base_that_is_not_the_one_trained_on_is_refused(hub, base_on_hub, local_run, run, tiny_moshi, merged):
-    api = HfApi()
-    api.create_repo("user/other")
-    api.upload_folder(repo_id="user/other", folder_path=tiny_moshi)
-    weights = bytearray((tiny_moshi / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    api.upload_file(repo_id="user/other", path_or_fileobj=bytes(weights), path_in_repo="model.safetensors")
-    with pytest.raises(UserError, match="no file that is the same as .*model.safetensors"):
-        push_model(local_run / "best", "user/happy", base_model="user/other", merged=merged)
-    with pytest.raises(UserError, match="was trained on kyutai/tiny, not on user/other"):
-        push_model(run / "best", "user/happy", base_model="user/other", merged=merged)
-    with pytest.raises(UserError, match="user/none, the base model: the Hub has no such repository"):
-        push_model(local_run / "best", "user/happy", base_model="user/none", merged=merged)
-    assert not api.repo_exists("user/happy")
-
-
-def test_a_base_that_has_changed_since_is_refused_for_an_adapter_and_merged_as_it_was(hub, base_on_hub, run):
-    trained_on = HfApi().model_info(BASE).sha
-    path = run / "checkpoint_000010" / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": trained_on}))
-    push_model(run / "best", "user/before")
-    assert remote_json("user/before", "emotions.json")["base_revision"] == trained_on
-    content = bytearray((find_checkpoint(BASE).moshi_weights).read_bytes())
-    content[-1] ^= 1
-    api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
-    api.upload_file(repo_id=BASE, path_or_fileobj=bytes(content), path_in_repo="model.safetensors")
-    with pytest.raises(UserError, match="model.safetensors is not what it was at") as error:
-        push_model(run / "best", "user/happy")
-    assert "--merged" in error.value.remedy
-    push_model(run / "best", "user/happy", merged=True)
-
-
 ESD = CorpusTerms("esd", "ESD", "other", num_windows=4)
 MINE = CorpusTerms("mine", "My voices", "unknown", num_windows=4)
 
@@ -305,28 +257,6 @@ def test_adapter_and_merged_model_and_those_of_other_bases_do_not_replace_each_o
         push_model(local_run / "best", "user/adapter", base_model="user/same-base")
 
 
-@pytest.mark.parametrize(
-    "who, repo_id, problem, remedy",
-    [
-        ("user", "happy", "not the name of a Hub repository", "USER/NAME"),
-        ("user", "another/happy", "your token may not do this", "token that may write"),
-        ("reader", "user/happy", "your token may not do this", "token that may write"),
-        ("nobody", "user/happy", "you are not logged in", "hf auth login"),
-        ("hf_wrong", "user/happy", "does not accept your token", "hf auth login"),
-    ],
-)
-def test_who_may_not_push_is_told_why_in_two_lines(
-    hub, base_on_hub, run, tmp_path, capsys, who, repo_id, problem, remedy
-):
-    tokens = {"user": hub.token, "reader": hub.add_user("user", can_write=False), "nobody": None}
-    token = tokens.get(who, who)
-    with hub.connected(tmp_path / "home", token):
-        assert cli.main(["push", str(run / "best"), "--repo-id", repo_id]) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]
-    assert len(lines) == 2 and problem in lines[0] and remedy in lines[1]
-    assert token is None or token not in "".join(lines)
-
-
 def lose_weights(checkpoint):
     (checkpoint / "consolidated" / "lora.safetensors").unlink()
 
@@ -393,101 +323,3 @@ def test_the_token_is_never_printed_logged_or_written(hub, base_on_hub, run, tmp
     assert "user/happy" in said and hub.token not in said
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or hub.token.encode() not in path.read_bytes(), path
-
-
-# Interruptions
-
-
-def test_an_upload_that_the_server_cuts_is_completed_by_the_next_push(hub, base_on_hub, run):
-    push_model(run / "best", "user/reference")
-    hub.fail_after(1, "PUT")
-    with pytest.raises(UserError, match="cannot be reached") as error:
-        push_model(run / "checkpoint_000005", "user/happy")
-    assert "what has arrived is kept" in error.value.remedy and not remote_files("user/happy")
-    hub.recover()
-    num_cut = len(puts(hub))
-    push_model(run / "checkpoint_000005", "user/happy")
-    assert len(puts(hub)) - num_cut == 1  # of two files of weights, one had arrived
-
-
-@pytest.mark.slow
-def test_every_place_where_a_push_can_break_leaves_it_to_the_next_one(hub, base_on_hub, run):
-    push_model(run / "best", "user/reference")
-    num_requests = len(hub.requests)
-    for num_served in range(0, num_requests, 2):
-        hub.fail_after(num_served)
-        with pytest.raises(UserError):
-            push_model(run / "best", "user/cut")
-        hub.recover()
-        push_model(run / "best", "user/cut")
-        assert HfApi().model_info("user/cut").card_data.base_model == BASE
-        assert remote_files("user/cut") == remote_files("user/reference") and not leftovers(run)
-        HfApi().delete_repo("user/cut")
-
-
-class Killing(list):
-    """Kills a process when the hub hears so many requests."""
-
-    def __init__(self, pid, num_requests):
-        super().__init__()
-        self.pid, self.num_requests = pid, num_requests
-
-    def append(self, request):
-        super().append(request)
-        if len(self) == self.num_requests:
-            os.kill(self.pid, signal.SIGKILL)
-
-
-def push_and_kill(hub, checkpoint, repo_id, merged, *, after_requests=None, after_s=None):
-    """Push in a process of its own that is killed; return its exit status, 0 if it was faster."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        reset_sessions()  # connections are the parent's
-        try:
-            push_model(checkpoint, repo_id, merged=merged)
-            status = 0
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    hub.requests = []
-    if after_s is None:
-        hub.requests = Killing(pid, after_requests)
-    else:
-        time.sleep(after_s)
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("merged, num_moments", [(False, 10), (True, 6)])
-def test_a_push_that_is_killed_at_random_moments_is_completed_by_the_next_one(
-    hub, base_on_hub, run, merged, num_moments
-):
-    chance = random.Random(0)
-    write_metrics(run)
-    for repo_id in ("user/first", "user/reference"):  # the first one fetches the base
-        hub.requests = []
-        start = time.perf_counter()
-        push_model(run / "best", repo_id, merged=merged)
-        duration_s, num_requests = time.perf_counter() - start, len(hub.requests)
-    moments = [{"after_requests": k} for k in chance.sample(range(1, num_requests + 1), num_moments // 2)]
-    moments += [{"after_s": chance.uniform(0, duration_s)} for _ in range(num_moments // 2)]
-    killed = []
-    for number, moment in enumerate(moments):
-        repo_id = f"user/killed-{number}"
-        status = push_and_kill(hub, run / "best", repo_id, merged, **moment)
-        assert status in (0, -signal.SIGKILL), (status, moment)
-        killed.append(status != 0)
-        hub.requests = []
-        if HfApi().repo_exists(repo_id):  # all is there, or nothing
-            assert remote_files(repo_id) in (set(), remote_files("user/reference"))
-        push_model(run / "best", repo_id, merged=merged)
-        differing = {path for path, oid in remote_oids(repo_id).items() ^ remote_oids("user/reference").items()}
-        assert differing == {"README.md"}  # which says the name
-        card = (snapshot(repo_id) / "README.md").read_text()
-        assert card.replace(f"killed-{number}", "reference") == (snapshot("user/reference") / "README.md").read_text()
-        assert not leftovers(run)
-    assert all(killed[: num_moments // 2]) and sum(killed) > num_moments // 2 + 1, killed
