@@ -54,7 +54,7 @@ def main() -> None:
     frames = speech(options.frames)
     with tempfile.TemporaryDirectory() as folder:
         load = tiny(Path(folder) / "base") if options.model == "tiny" else moshi_7b
-        print(f"{machine()}, {options.device}, model {options.model}, {datetime.date.today().isoformat()}; ")
+        print(f"{machine()}, {options.device}, model {options.model}, {datetime.date.today().isoformat()};")
         print(f"{options.pairs} pairs of {options.frames} frames.\n")
         print("| what | ms a frame | bare loop | ratio | bar 1.05 |\n|---|---|---|---|---|")
         lm, mimi = load(options.device)
@@ -66,10 +66,11 @@ def main() -> None:
         lm, mimi = load(options.device)
         strengths = add_adapters(lm, [Adapter("random", weights, RANK, SCALING)], num_slots=1)
         strengths.set(0, 0, 1.0)
-        show(
-            f"engine, one slot, adapter of rank {RANK} at a strength; over the base",
-            in_pairs(engine_loop(Engine(lm, mimi, strengths=strengths), frames), bare, options.pairs),
-        )
+        steered = engine_loop(Engine(lm, mimi, strengths=strengths), frames)
+        unfused = bare_loop(*with_moshis_lora(load, options.device, weights), frames)
+        show(f"adapter of rank {RANK}; the loop with moshi's own", in_pairs(steered, unfused, options.pairs))
+        show("the same; the loop of the base alone, or fused", in_pairs(steered, bare, options.pairs))
+        del unfused, steered
         if options.model == "tiny":
             serve(Path(folder), bare, frames, options.pairs)
         del lm, mimi, bare
@@ -87,6 +88,15 @@ def tiny(folder: Path) -> Callable[[str], tuple[LMModel, MimiModel]]:
 def moshi_7b(device: str) -> tuple[LMModel, MimiModel]:
     """Return a model of Moshi's size with random weights."""
     return loaders.get_moshi_lm(None, device=device), loaders.get_mimi(None, device=device)
+
+
+def with_moshis_lora(
+    load: Callable[[str], tuple[LMModel, MimiModel]], device: str, weights: Path
+) -> tuple[LMModel, MimiModel]:
+    """Load a model with the adapter as `moshi.server --no_fuse_lora` does."""
+    lm, mimi = load(device)
+    loaded = loaders.get_lora_moshi(lm, weights, RANK, SCALING, dtype=lm.dtype, device=device, fuse_lora=False)
+    return loaded.eval(), mimi
 
 
 def speech(num_frames: int) -> list[np.ndarray]:
@@ -218,10 +228,8 @@ def conversations(folder: Path, num_slots: int = 8, num_frames: int = 250) -> No
     median, worst = lags[len(lags) // 2], lags[-1]
     p99 = lags[int(0.99 * len(lags))]
     seconds = num_frames / FRAME_RATE
-    print(
-        f"\n{num_slots} clients of one server at once, {seconds:.0f} s each in real time: the answer to a frame came"
-    )
-    print(f"came {1000 * median:.0f} ms after it (99 %: {1000 * p99:.0f} ms, worst: {1000 * worst:.0f} ms), of which")
+    print(f"\n{num_slots} clients of one server at once, {seconds:.0f} s each in real time: a frame's answer came")
+    print(f"{1000 * median:.0f} ms after it (99 %: {1000 * p99:.0f} ms, worst: {1000 * worst:.0f} ms), of which")
     print(f"{1000 / FRAME_RATE:.0f} ms are the delay of the model.")
 
 

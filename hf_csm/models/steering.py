@@ -60,17 +60,15 @@ class SteeredLinear(LoRALinear):
     adapter at strength 1 it gives to the bit what `LoRALinear` gives, at strength 0 what the base gives.
     """
 
-    def __init__(self, base: torch.nn.Linear, scales: Sequence[torch.Tensor], adapters: Sequence[torch.Tensor]):
+    def __init__(self, base: torch.nn.Linear, adapters: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         """Take the base layer as it is.
 
         Args:
-            scales: `[B, 1, 1]` of each adapter that acts on this layer.
-            adapters: their weights, A and B in turn, in the dtype of the base.
+            adapters: of each that acts on this layer the scale, `[B, 1, 1]`, A and B, these in the dtype of the base.
         """
         torch.nn.Module.__init__(self)
         self.frozen_W = base
-        self.scales = tuple(scales)
-        self.weights = torch.nn.ParameterList([torch.nn.Parameter(weight, requires_grad=False) for weight in adapters])
+        self.adapters = tuple(adapters)  # plain, not parameters: this runs hundreds of times a frame
 
     @property
     def lora_A(self) -> torch.nn.Linear:  # noqa: N802
@@ -80,14 +78,14 @@ class SteeredLinear(LoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[B, T, out]` for `[B, T, in]`."""
         y = self.frozen_W(x)
-        for scale, low, high in zip(self.scales, self.weights[::2], self.weights[1::2], strict=True):
+        for scale, low, high in self.adapters:
             change = torch.nn.functional.linear(torch.nn.functional.linear(x, low), high)
             # In float32, as the product of a tensor and a plain number is taken.
             y = y + (change.float() * scale).to(y.dtype)
         return y
 
     def __repr__(self) -> str:
-        return f"SteeredLinear({self.frozen_W}, {len(self.scales)} adapters)"
+        return f"SteeredLinear({self.frozen_W}, {len(self.adapters)} adapters)"
 
 
 def add_adapters(
@@ -110,9 +108,8 @@ def add_adapters(
         acting = [index for index, weights in enumerate(loaded) if path in weights]
         if acting:
             parent, _, name = path.rpartition(".")
-            weights = [weight for index in acting for weight in loaded[index][path]]
             # `strengths.scales[index]` is a view: what is written there later is seen here.
-            steered = SteeredLinear(layer, [strengths.scales[index] for index in acting], weights)
+            steered = SteeredLinear(layer, [(strengths.scales[index], *loaded[index][path]) for index in acting])
             setattr(lm.get_submodule(parent), name, steered)
     _complete_gating(lm)
     return strengths
@@ -125,7 +122,7 @@ def _complete_gating(lm: LMModel) -> None:
             if isinstance(getattr(module, one, None), SteeredLinear):
                 plain = getattr(module, other)
                 if not isinstance(plain, SteeredLinear):
-                    setattr(module, other, SteeredLinear(plain, [], []))
+                    setattr(module, other, SteeredLinear(plain, []))
 
 
 def _read(
