@@ -165,12 +165,13 @@ def _eval_results(facts: CardFacts) -> list[Any]:
     if not facts.evaluation:
         return []
     tables = {terms.table or terms.corpus for terms in facts.corpora if not terms.replay}
+    table = tables.pop() if len(tables) == 1 else "mixture"
     titles = ", ".join(dict.fromkeys(terms.title for terms in facts.corpora if not terms.replay)) or "unknown"
     return [
         EvalResult(
             task_type=PIPELINE_TAG,
             task_name="Spoken dialogue",
-            dataset_type=tables.pop() if len(tables) == 1 else "mixture",
+            dataset_type=table,
             dataset_name=f"{' '.join(titles.split())}, validation split",
             dataset_split="validation",
             metric_type="loss",
