@@ -32,7 +32,7 @@ from hf_csm.export.native import LORA_KEYS, LORA_NAME, PEFT_PREFIX, check_native
 from hf_csm.export.run_files import RUN_FILES, SAMPLES_NAME, copy_run_files, run_folder
 from hf_csm.models.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_adapter
 from hf_csm.models.moshi import CONSOLIDATED_NAME, find_checkpoint
-from hf_csm.models.pull import CONFIG_NAME, EMOTIONS_NAME
+from hf_csm.models.pull import CONFIG_NAME, EMOTIONS_NAME, find_folder
 
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ ADAPTER_FILES = (LORA_NAME, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
 MODEL_FILES = (CARD_NAME, LICENCE_FILE, CONFIG_NAME, EMOTIONS_NAME, WEIGHTS_NAME, *ADAPTER_FILES)
 PATTERNS = (*MODEL_FILES, *RUN_FILES, f"{SAMPLES_NAME}/*.wav")
 """Of what is ours in a model's repository; `*` takes subfolders too."""
+CACHED = "snapshots"
+"""Folder in which the Hub's cache has the commits of a repository; nothing else belongs there."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def push_model(
     merged: bool = False,
     private: bool = False,
     revision: str | None = None,
+    checkpoint_revision: str | None = None,
     base_model: str | None = None,
     stated: Mapping[str, str] | None = None,
     cleared: Collection[str] = (),
@@ -80,11 +83,13 @@ def push_model(
     only what has not arrived. What the repository has besides files of these names stays.
 
     Args:
-        checkpoint: of a run, or a folder that `hf-csm export` wrote.
+        checkpoint: of a run, a folder that `hf-csm export` wrote, or a repository on the Hub that was pushed before,
+            whose samples are not copied.
         repo_id: `user/name`; made if it does not exist.
         merged: send the weights of the whole model with the adapter merged in, instead of the adapter.
         private: whether a repository that is made is private; one that exists has to be so already.
         revision: branch to push to, made if it does not exist; the main one by default.
+        checkpoint_revision: branch, tag or commit of a `checkpoint` on the Hub.
         base_model: repository that has the same base model, where that was trained on as a local folder.
         stated: licence id of the Hub by corpus, for corpora whose licence nobody has stated.
         cleared: corpora whose terms let such models be published, as the user knows who signed them.
@@ -93,7 +98,8 @@ def push_model(
         UserError: a licence forbids it, nobody else could load it, a file is damaged, the repository holds something
             else, or the Hub cannot be reached, does not know the user or does not let him write.
     """
-    trained = read_trained(Path(checkpoint))
+    wanted = (ADAPTER_WEIGHTS_NAME, *(name for name in RUN_FILES if name != SAMPLES_NAME))
+    trained = read_trained(find_folder(checkpoint, checkpoint_revision, also=wanted))
     is_merged = merged or trained.adapter is None
     api = log_in(repo_id, "ann/moshiko-happy")
     corpora = with_stated(_read_terms(run_folder(trained.folder)), stated or {})
@@ -214,7 +220,8 @@ def staging_folder(checkpoint: Path) -> Iterator[Path]:
     Raises:
         UserError: another process pushes the same checkpoint.
     """
-    parent = checkpoint.parent if os.access(checkpoint.parent, os.W_OK) else Path(tempfile.gettempdir())
+    is_beside = os.access(checkpoint.parent, os.W_OK) and checkpoint.parent.name != CACHED
+    parent = checkpoint.parent if is_beside else Path(tempfile.gettempdir())
     folder = parent / f".{checkpoint.name}.push"
     folder.mkdir(exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -268,7 +275,7 @@ def _gather(
 
 def _link(path: Path, folder: Path) -> None:
     try:
-        os.link(path, folder / path.name)
+        os.link(path.resolve(), folder / path.name)
     except OSError:  # another disk, or one that knows no links
         shutil.copyfile(path, folder / path.name)
 

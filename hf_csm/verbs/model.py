@@ -33,11 +33,14 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("--merged", action="store_true", help="write whole merged weights instead of the adapter")
 
     push = add_verb("push", _push, "Publish a checkpoint on the Hub: moshi serves it with one flag, PEFT loads it.")
-    push.add_argument("checkpoint", type=Path, help="a run's checkpoint, or a folder that `hf-csm export` wrote")
+    push.add_argument(
+        "checkpoint", help="a run's checkpoint, a folder that `hf-csm export` wrote, or a Hub repository USER/NAME"
+    )
     push.add_argument("--repo-id", required=True, help="USER/NAME; made if it does not exist")
     push.add_argument("--merged", action="store_true", help="whole merged weights instead of the adapter")
     push.add_argument("--private", action="store_true", help="only you see the repository")
     push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: the main one)")
+    push.add_argument("--checkpoint-revision", metavar="REVISION", help="of a checkpoint that is on the Hub")
     push.add_argument("--base-model", metavar="USER/NAME", help="repository of a base that was trained on as a folder")
     push.add_argument(
         "--license-of", nargs="+", default=[], metavar="CORPUS=ID", help="licence of a corpus that states none"
@@ -127,6 +130,7 @@ def _push(options: argparse.Namespace) -> None:
         merged=options.merged,
         private=options.private,
         revision=options.revision,
+        checkpoint_revision=options.checkpoint_revision,
         base_model=options.base_model,
         stated=stated,
         cleared=options.terms_allow,

@@ -79,6 +79,23 @@ def test_what_is_pushed_is_found_on_a_clean_cache_serves_and_loads_with_peft(hub
     assert all(torch.equal(weight, trained[name]) for name, weight in read_adapter(folder)[1].items())
 
 
+def test_what_is_on_the_hub_can_be_pushed_again_copied_or_merged(hub, base_on_hub, run, tmp_path):
+    write_metrics(run)
+    push_model(run / "best", "user/happy", revision="v1")
+    push_model(run / "best", "user/whole", merged=True)
+    with hub.connected(tmp_path / "another home"):
+        push_model("user/happy", "user/copy", checkpoint_revision="v1")
+        push_model("user/happy", "user/merged", checkpoint_revision="v1", merged=True)
+        with pytest.raises(UserError, match=r"user/happy: .*no such revision"):
+            push_model("user/happy", "user/copy", checkpoint_revision="v2")
+    original = {file.path: file.lfs for file in HfApi().list_repo_tree("user/happy", revision="v1")}
+    assert remote_files("user/copy") == original.keys() - {".gitattributes"}
+    assert {name: oid for name, oid in remote_oids("user/copy").items() if name.endswith(".safetensors")} == {
+        name: lfs.sha256 for name, lfs in original.items() if name.endswith(".safetensors")
+    }
+    assert remote_oids("user/merged")["model.safetensors"] == remote_oids("user/whole")["model.safetensors"]
+
+
 def test_the_card_and_what_goes_with_it_say_what_was_trained(hub, base_on_hub, run):
     write_metrics(run)
     push_model(run / "best", "user/happy")
