@@ -57,7 +57,7 @@ mapfile -t options < <(python - --config "$config" "$@" <<'PYTHON'
 import sys
 
 from hf_csm.cli import run_command
-from hf_csm.config import parse_run_config
+from hf_csm.config_parser import parse_run_config
 
 
 def show() -> None:
@@ -115,7 +115,7 @@ from pathlib import Path
 import yaml
 
 from hf_csm.cli import run_command
-from hf_csm.config import parse_run_config
+from hf_csm.config_parser import parse_run_config
 from hf_csm.errors import UserError
 
 

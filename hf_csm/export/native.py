@@ -23,9 +23,10 @@ from moshi.models.lm import LMModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_csm.data.terms import CORPORA_NAME, read_corpora, write_corpora
+from hf_csm.data.terms import CORPORA_NAME, read_corpora
 from hf_csm.errors import UserError
 from hf_csm.export.emotions import read_emotion_control, write_emotion_control
+from hf_csm.export.run_files import RUN_FILES, SAMPLES_NAME, copy_run_files, run_folder
 from hf_csm.models.lora import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -48,7 +49,8 @@ EXPORTED_NAMES = {
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     EMOTIONS_NAME,
-    CORPORA_NAME,
+    *RUN_FILES,
+    SAMPLES_NAME,
     "model.safetensors",
     "README.md",
 }
@@ -248,7 +250,8 @@ def export_checkpoint(
         checkpoint: `checkpoint_000500/`, whose `adapter/` holds the PEFT adapter and names the base model, a folder
             with such an adapter in it, or a Hub repository of one.
         out: gets the PEFT adapter and moshi's files for it, or with `merged` the merged weights; also what emotions
-            it knows (`emotions.json`), and whose speech it learned from if that is known (`corpora.json`).
+            it knows (`emotions.json`), whose speech it learned from (`corpora.json`), the run's options, metrics and
+            samples, as far as they are there.
         revision: of the Hub repository.
         dtype: in which the trained and the exported model are compared.
 
@@ -258,7 +261,7 @@ def export_checkpoint(
     """
     from hf_csm.export.merge import write_merged
 
-    folder = find_folder(checkpoint, revision, weights=False, also=(ADAPTER_WEIGHTS_NAME, CORPORA_NAME))
+    folder = find_folder(checkpoint, revision, weights=False, also=(ADAPTER_WEIGHTS_NAME, *RUN_FILES))
     adapter = find_adapter(folder, str(checkpoint))
     control = read_emotion_control(folder)
     config, _ = read_adapter(adapter)
@@ -273,9 +276,10 @@ def export_checkpoint(
             verify_native(beside, model, base)
         control = dataclasses.replace(control, base_model=base.name_or_path, base_revision=base.revision)
         write_emotion_control(control, beside)
-        run_dir = folder if adapter == folder else folder.resolve().parent
-        if (run_dir / CORPORA_NAME).is_file():  # runs of before did not write it
-            write_corpora(read_corpora(run_dir), beside)
+        run_dir = run_folder(folder)
+        corpora = read_corpora(run_dir) if (run_dir / CORPORA_NAME).is_file() else []  # runs of before have none
+        base_model = None if base.is_local else base.name_or_path
+        copy_run_files(folder, beside, corpora=corpora, base_model=base_model)
     return out
 
 

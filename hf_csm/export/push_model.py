@@ -98,7 +98,7 @@ def push_model(
         UserError: a licence forbids it, nobody else could load it, a file is damaged, the repository holds something
             else, or the Hub cannot be reached, does not know the user or does not let him write.
     """
-    wanted = (ADAPTER_WEIGHTS_NAME, *(name for name in RUN_FILES if name != SAMPLES_NAME))
+    wanted = (ADAPTER_WEIGHTS_NAME, *RUN_FILES)
     trained = read_trained(find_folder(checkpoint, checkpoint_revision, also=wanted))
     is_merged = merged or trained.adapter is None
     api = log_in(repo_id, "ann/moshiko-happy")
