@@ -217,25 +217,54 @@ def check_same_model(repo_id: str, base: str, merged: bool, api: HfApi, revision
 def staging_folder(checkpoint: Path) -> Iterator[Path]:
     """Yield an empty folder beside `checkpoint`, which goes at the end; one that a killed push left is emptied first.
 
+    Where nothing can be written there, and for what is in the Hub's cache, it is a new one among the temporary files.
+
     Raises:
-        UserError: another process pushes the same checkpoint.
+        UserError: another process pushes the same checkpoint, or something else has the folder's name.
     """
-    is_beside = os.access(checkpoint.parent, os.W_OK) and checkpoint.parent.name != CACHED
-    parent = checkpoint.parent if is_beside else Path(tempfile.gettempdir())
-    folder = parent / f".{checkpoint.name}.push"
-    folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-    except BlockingIOError as error:
-        os.close(handle)
-        raise UserError(f"{checkpoint} is being pushed by another process.", "Wait until that is done.") from error
+    if not os.access(checkpoint.parent, os.W_OK) or checkpoint.parent.name == CACHED:
+        with tempfile.TemporaryDirectory(prefix="hf-csm-push-") as new:
+            yield Path(new)
+        return
+    folder = checkpoint.parent / f".{checkpoint.name}.push"
+    handle = _lock(folder, checkpoint)
     try:
         _empty(folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
+
+
+def _lock(folder: Path, checkpoint: Path) -> int:
+    """Make the folder if need be, and return a handle that holds its lock, which goes with the process."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # a push that ends has just removed it
+            continue
+        except OSError as error:
+            raise _in_the_way(folder) from error
+        try:
+            if os.fstat(handle).st_uid != os.getuid():
+                raise _in_the_way(folder)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.lstat(folder)):
+                    return handle
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UserError(f"{checkpoint} is being pushed by another process.", "Wait until that is done.") from error
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # of a folder that was removed before it was locked
+
+
+def _in_the_way(folder: Path) -> UserError:
+    return UserError(f"{folder} is a link, a file or another user's, so it is not used.", "Remove it and push again.")
 
 
 def _empty(folder: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import logging
+import multiprocessing
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -323,6 +324,53 @@ def test_what_a_killed_push_has_left_is_not_published(hub, base_on_hub, run):
     push_model(run / "best", "user/happy")
     assert "samples/old.wav" not in remote_files("user/happy") and not leftovers(run)
     assert (snapshot("user/happy") / "lora.safetensors").stat().st_size > 1000
+
+
+def hammer(checkpoint, moments):
+    for _ in range(moments):
+        try:
+            with staging_folder(checkpoint) as folder:
+                (folder / "alone").touch(exist_ok=False)
+        except UserError as error:
+            assert "by another process" in error.problem
+
+
+def test_pushes_that_end_as_others_begin_do_not_trip_each_other(tmp_path):
+    checkpoint = tmp_path / "best"
+    processes = [multiprocessing.get_context("fork").Process(target=hammer, args=(checkpoint, 1500)) for _ in "abc"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to(path.parent / "mine")])
+def test_a_link_or_file_of_the_staging_folders_name_is_not_touched(tmp_path, make):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    make(tmp_path / ".best.push")
+    with pytest.raises(UserError, match="is not used"), staging_folder(tmp_path / "best"):
+        pass
+    assert (tmp_path / "mine" / "thesis.txt").is_file() and (tmp_path / ".best.push").exists()
+
+
+def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / ".best.push").mkdir()
+    monkeypatch.setattr("os.getuid", lambda: -2)
+    with pytest.raises(UserError, match="another user's"), staging_folder(tmp_path / "best"):
+        pass
+
+
+def test_what_cannot_be_staged_beside_goes_to_a_new_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    (tmp_path / ".abc.push").symlink_to(tmp_path / "mine")
+    with staging_folder(tmp_path / "snapshots" / "abc") as one, staging_folder(tmp_path / "snapshots" / "abc") as two:
+        assert one != two and not list(one.iterdir()) and one.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "mine" / "thesis.txt").is_file() and not one.exists()
 
 
 # The token
