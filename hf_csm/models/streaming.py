@@ -29,11 +29,13 @@ class Frame:
         text_token: of the text stream; one of `Engine.padding_ids` where no word goes on.
         audio: `[1920]`, float32, 24 kHz.
         codes: `[Q]`, int64, Moshi's own codebooks.
+        is_told: the text token is one of `Engine.force_text`: what Moshi was told is nothing it says.
     """
 
     text_token: int
     audio: np.ndarray
     codes: np.ndarray
+    is_told: bool = False
 
 
 class Engine:
@@ -95,6 +97,7 @@ class Engine:
         self._num_steps = [0] * num_slots
         self._forced: list[deque[int]] = [deque() for _ in range(num_slots)]
         self._forced_now: dict[int, int] = {}
+        self._told: list[deque[bool]] = [deque() for _ in range(num_slots)]  # of the frames that are not out yet
         self._pcm = torch.zeros(num_slots, 1, SAMPLES_PER_FRAME, pin_memory=self._device.type == "cuda")
 
     def warm_up(self) -> None:
@@ -125,13 +128,15 @@ class Engine:
         self._restarted()
         self._num_steps[slot] = 0
         self._forced[slot].clear()
+        self._told[slot].clear()
 
     def force_text(self, slot: int, tokens: Sequence[int]) -> None:
-        """Queue tokens that are written over what Moshi samples for its text, one a step.
+        """Write these tokens over what Moshi samples for its text, one a step, in place of those still to be written.
 
-        In a new conversation the first one stands in the first frame, as the prefix does in training.
+        In a new conversation the first one stands in the first frame, as the prefix does in training. What was
+        written before stays in the stream, be it whole or a part; no tokens end the writing.
         """
-        self._forced[slot].extend(tokens)
+        self._forced[slot] = deque(tokens)
 
     def set_strength(self, slot: int, adapter: int, strength: float) -> None:
         """Set the strength of an adapter in a slot, from the next step on; see `Strengths`."""
@@ -167,6 +172,8 @@ class Engine:
         tokens = self._generator.step(codes)
         assert tokens is not None
         for slot in slots:
+            if self._num_steps[slot] >= self.lm.delays[0]:
+                self._told[slot].append(slot in self._forced_now)
             self._num_steps[slot] += 1
         speaking = [slot for slot in slots if self._num_steps[slot] > self._generator.max_delay]
         if not speaking:
@@ -174,7 +181,10 @@ class Engine:
         self._decoder.only(speaking)
         audio = self.mimi.decode(tokens[:, 1:].clamp(min=0))[:, 0].float().cpu().numpy()
         said = tokens[:, :, 0].cpu().numpy()
-        return {slot: Frame(int(said[slot, 0]), audio[slot].copy(), said[slot, 1:].copy()) for slot in speaking}
+        return {
+            slot: Frame(int(said[slot, 0]), audio[slot].copy(), said[slot, 1:].copy(), self._told[slot].popleft())
+            for slot in speaking
+        }
 
     def close(self) -> None:
         """End streaming; the models are free again."""

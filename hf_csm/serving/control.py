@@ -30,9 +30,9 @@ class SpeakerLike(Protocol):
 
     def choose(self, emotion: str | None, voice: str | None = None) -> Voice: ...
 
-    def prefix(self, voice: Voice, emotion: str | None) -> list[int]: ...
-
     def steer(self, slot: int, voice: Voice, emotion: str | None, strength: float = 1.0) -> None: ...
+
+    def weigh(self, slot: int, voice: Voice, strength: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Wish:
     """What a control message asks to change.
 
     Attributes:
-        emotion: None is a wish, too, where `names_emotion`.
+        emotion: None is a wish, too, where `names_emotion`: that none be asked for any more. What was told before
+            stays in Moshi's context and goes on colouring what it says.
         now: do not wait for a pause.
     """
 
@@ -138,8 +139,6 @@ class Talk:
         self._speaker, self._slot, self._seed = speaker, slot, opening.seed
         self._steering = opening.steering
         self._pending: Steering | None = None
-        self._told: list[int] = []
-        self._num_told = 0
         self._num_padding = 0
         self._has_spoken = False
 
@@ -158,7 +157,7 @@ class Talk:
         if wanted.strength != self._steering.strength:
             self._steering = replace(self._steering, strength=wanted.strength)
             voice = self._speaker.choose(None, self._steering.voice)
-            self._speaker.steer(self._slot, voice, None, wanted.strength)
+            self._speaker.weigh(self._slot, voice, wanted.strength)
         if wish.now or not self._has_spoken:
             if wish.now or wanted != self._steering:
                 self._apply(wanted)
@@ -171,7 +170,7 @@ class Talk:
     def hear(self, frame: Frame) -> list[object]:
         """Take note of what Moshi said."""
         padding_ids = self._speaker.engine.padding_ids
-        if self._is_told(frame.text_token):
+        if frame.is_told:
             frame = replace(frame, text_token=min(padding_ids))
         if frame.text_token in padding_ids:
             self._num_padding += 1
@@ -181,19 +180,6 @@ class Talk:
             self._apply_pending()
             return [frame, self._message()]
         return [frame]
-
-    def _is_told(self, token: int) -> bool:
-        """Whether a token is of a prefix: what Moshi was told is nothing it says. It comes in one piece, delayed."""
-        if self._num_told < len(self._told) and token == self._told[self._num_told]:
-            self._num_told += 1
-        elif self._told and token == self._told[0]:
-            self._num_told = 1
-        else:
-            self._num_told = 0
-            return False
-        if self._num_told == len(self._told):
-            self._told, self._num_told = [], 0
-        return True
 
     @property
     def _is_pause(self) -> bool:
@@ -223,7 +209,6 @@ class Talk:
         self._steering, self._pending = steering, None
         voice = self._speaker.choose(None, steering.voice)
         self._speaker.steer(self._slot, voice, steering.emotion, steering.strength)
-        self._told += self._speaker.prefix(voice, steering.emotion)
 
     def _message(self) -> dict[str, object]:
         pending = None if self._pending is None else asdict(self._pending)

@@ -289,18 +289,15 @@ def _speech(
     seed: int,
     question_s: float = 0.0,
 ) -> Speech:
-    tokens = [frame.text_token for frame in frames]
-    # The prefix is what Moshi was told, not what it said.
-    num_given = len(speaker.prefix(voice, emotion))
     padding_id = speaker.engine.lm.text_padding_token_id
-    said = [padding_id] * num_given + tokens[num_given:]
+    said = [padding_id if frame.is_told else frame.text_token for frame in frames]
     words = words_in(said, speaker.tokenizer, speaker.engine.padding_ids)
     return Speech(
         audio=np.concatenate([frame.audio for frame in frames]),
         user=np.concatenate(heard.frames[: len(frames)]),
         text=" ".join(word["word"] for word in words),
         words=words,
-        text_tokens=tokens,
+        text_tokens=[frame.text_token for frame in frames],
         voice=voice.name,
         emotion=emotion if emotion in voice.emotions else None,
         strength=strength,

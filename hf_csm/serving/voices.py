@@ -71,16 +71,21 @@ class Speaker:
         return voice.control.tokens(emotion, self.tokenizer)
 
     def steer(self, slot: int, voice: Voice, emotion: str | None, strength: float = 1.0) -> None:
-        """Speak in `slot` with this voice alone from the next step on, and queue the prefix of the emotion.
+        """Speak in `slot` with this voice alone from the next step on, and tell it the emotion by its prefix.
 
-        With `emotion` None nothing is queued, so this also changes the strength of a conversation that goes on.
+        The prefix takes the place of what is still to be told; one that is half told is followed by the whole new one.
+        What was told stays in Moshi's context: without a prefix, as with `emotion` None, nothing more is asked for,
+        but an earlier emotion goes on colouring what it says. In training a prefix stands only at the beginning; later
+        ones are beyond what the model has seen.
         """
+        self.weigh(slot, voice, strength)
+        self.engine.force_text(slot, self.prefix(voice, emotion))
+
+    def weigh(self, slot: int, voice: Voice, strength: float) -> None:
+        """Set the strength of the voice that speaks in `slot`, of the others 0, and tell it nothing."""
         for other in self.models.voices:
             if other.adapter is not None:
                 self.engine.set_strength(slot, other.adapter, strength if other.name == voice.name else 0.0)
-        prefix = self.prefix(voice, emotion)
-        if prefix:
-            self.engine.force_text(slot, prefix)
 
     def close(self) -> None:
         """Free the engine."""

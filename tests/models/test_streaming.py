@@ -160,8 +160,23 @@ def test_forced_text_stands_where_it_was_queued(make_engine):
     later = [engine.step({1: frame})[1].text_token for frame in speech(2, 4)]
     assert later.index(302) == 1  # after what was sampled and not yet out
     engine.force_text(1, [303])
+    engine.force_text(1, [])  # what was still to be written is not
+    assert 303 not in [engine.step({1: frame})[1].text_token for frame in speech(2, 4)]
+    engine.force_text(1, [303])
     engine.reset(1)
     assert 303 not in [frame.text_token for frame in talk(engine, 1, speech(1, 8))]
+
+
+def test_frames_say_which_text_was_forced(make_engine):
+    engine = make_engine(num_slots=2)
+    for begun_at in (0, 3):  # a new conversation is as exact as the first
+        engine.reset(0)
+        said = talk(engine, 0, speech(0, begun_at)) if begun_at else []
+        engine.force_text(0, [300, 301, 302])
+        said += talk(engine, 0, speech(1, 2))
+        engine.force_text(0, [303])
+        said += talk(engine, 0, speech(2, 4))
+        assert [frame.text_token for frame in said if frame.is_told] == [300, 301, 303]
 
 
 def test_a_text_policy_has_the_last_word(make_engine):

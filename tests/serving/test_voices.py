@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_csm.errors import UserError
+from hf_csm.serving.control import Opening, Steering, Talk, Wish
 from hf_csm.serving.voices import BASE, check_strength, choose_device, find_models, load_models, load_speaker
 from hf_csm.units import SAMPLES_PER_FRAME
 
@@ -61,11 +62,65 @@ def test_the_prefix_is_told_to_a_voice_that_takes_it_and_to_no_other(speaker):
     assert speaker.prefix(speaker.choose("calm"), "calm") == []
 
 
+FRAME = np.zeros(SAMPLES_PER_FRAME, dtype=np.float32)
+
+
+def texts(speaker, num_frames):
+    """Return the next text tokens, and those of them that Moshi was told."""
+    said = [frame for _ in range(num_frames) for frame in speaker.engine.step({0: FRAME}).values()]
+    return [frame.text_token for frame in said], [frame.text_token for frame in said if frame.is_told]
+
+
+def begin(speaker):
+    """Begin a conversation with the voice that takes prefixes; return what steers it."""
+    opening = Opening(Steering("expressive", "happy", 1.0), 0, "opus", False)
+    talk = Talk(speaker, 0, opening)
+    talk.begin()
+    return lambda **wish: talk.wish(Wish(names_emotion="emotion" in wish, **wish))
+
+
+def test_the_last_of_several_wishes_is_what_moshi_is_told(speaker):
+    wish = begin(speaker)
+    for emotion in ("sad", "angry", None, "happy", "sad"):
+        wish(emotion=emotion)
+    for _ in range(100):
+        wish(now=True)
+    prefix = speaker.tokenizer.encode("(sad)")
+    tokens, told = texts(speaker, len(prefix) + 6)
+    assert tokens[: len(prefix)] == told == prefix
+
+
+def test_a_prefix_that_is_half_told_is_followed_by_the_whole_new_one(speaker):
+    wish = begin(speaker)
+    delay = max(speaker.engine.lm.delays)
+    texts(speaker, delay + 2)
+    wish(emotion="sad")
+    happy, sad = (speaker.tokenizer.encode(f"({emotion})") for emotion in ("happy", "sad"))
+    tokens, told = texts(speaker, len(sad) + 6)
+    assert tokens[: delay + len(sad)] == told == happy[2 : 2 + delay] + sad
+
+
+@pytest.mark.parametrize("change", [{"voice": BASE}, {"voice": "calm"}, {"emotion": None}])
+def test_a_voice_without_prefix_is_not_told_the_one_before(speaker, change):
+    begin(speaker)(**change)
+    tokens, told = texts(speaker, 8)
+    assert told == []
+    speaker.engine.reset(0, seed=0)
+    speaker.steer(0, speaker.choose(None, change.get("voice")), None)
+    assert texts(speaker, 8)[0] == tokens
+
+
+def test_a_change_of_strength_leaves_what_is_still_to_be_told(speaker):
+    wish = begin(speaker)
+    wish(strength=0.5)
+    assert texts(speaker, 12)[1] == speaker.tokenizer.encode("(happy)")
+
+
 def test_strength_changes_in_a_conversation_without_a_word(speaker):
     voice = speaker.choose(None, "calm")
     speaker.engine.reset(0, seed=0)
     speaker.steer(0, voice, "calm", 1.0)
-    speaker.steer(0, voice, None, 0.0)
+    speaker.weigh(0, voice, 0.0)
     frame = np.zeros(SAMPLES_PER_FRAME, dtype=np.float32)
     changed = [speaker.engine.step({0: frame}) for _ in range(4)][-1][0]
     speaker.engine.reset(0, seed=0)

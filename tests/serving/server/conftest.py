@@ -87,14 +87,13 @@ class FakeSpeaker:
     def __init__(self, num_slots=1, voices=VOICES, **options):
         self.engine = FakeEngine(num_slots, **options)
         self.models = Models(None, "tiny", (), voices)
-        self.prefixes = {}
         self.voices, self.emotions, self.choose = list(voices), self.models.emotions, self.models.choose
-
-    def prefix(self, voice, emotion):
-        return self.prefixes.get(emotion, []) if voice.control.control == "prefix" else []
 
     def steer(self, slot, voice, emotion, strength=1.0):
         self.engine.calls.append(("steer", slot, voice.name, emotion, strength))
+
+    def weigh(self, slot, voice, strength):
+        self.engine.calls.append(("weigh", slot, voice.name, strength))
 
 
 class Served:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,25 +134,15 @@ def tokens_of(things):
     return [thing.text_token for thing in things if isinstance(thing, Frame)]
 
 
-def test_what_moshi_is_told_is_nothing_it_says(speaker):
-    speaker.prefixes = {"happy": [50, 51, 52], "sad": [50, 53]}
-    talk = Talk(speaker, 1, Opening(Steering("moody", "happy", 1.0), None, "opus", False))
-    talk.begin()
-    for token in (50, 51, 52):
-        assert tokens_of(talk.hear(frame(token))) == [0]
-    # Nothing was said yet, so this takes effect at once; its prefix comes as late as the delays hold it back.
+def test_what_moshi_is_told_is_nothing_it_says(talk):
+    told = replace(WORD, is_told=True)
+    assert [tokens_of(talk.hear(said)) for said in (told, WORD, told)] == [[0], [17], [0]]
+
+
+def test_being_told_is_no_speaking(talk):
+    """A second wish does not wait for a pause while the first one is still told."""
+    talk.hear(replace(WORD, is_told=True))
     assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "sad", 1.0)]
-    heard = [tokens_of(talk.hear(frame(token))) for token in (17, 3, 18, 50, 53, 50, 53, 19)]
-    assert heard == [[17], [3], [18], [0], [0], [50], [53], [19]]
-
-
-def test_a_prefix_that_was_not_the_prefix_after_all(speaker):
-    """Its first token said by chance is held back, and the prefix itself still is."""
-    speaker.prefixes = {"happy": [50, 51]}
-    talk = Talk(speaker, 1, Opening(Steering("moody", "happy", 1.0), None, "opus", False))
-    talk.begin()
-    heard = [tokens_of(talk.hear(frame(token)))[0] for token in (50, 50, 17, 50, 51, 51)]
-    assert heard == [0, 0, 17, 0, 0, 51]
 
 
 def test_before_moshi_has_spoken_a_wish_takes_effect_at_once(talk, speaker):
@@ -188,7 +179,7 @@ def test_now_does_not_wait_and_repeats(talk, speaker):
 def test_strength_does_not_wait_and_says_no_prefix_again(talk, speaker):
     talk.hear(WORD)
     assert talk.wish(Wish(strength=0.5)) == [steering("moody", "happy", 0.5)]
-    assert speaker.engine.calls == [("steer", 1, "moody", None, 0.5)]
+    assert speaker.engine.calls == [("weigh", 1, "moody", 0.5)]
 
 
 def test_strength_stays_with_what_is_pending(talk, speaker):
