@@ -135,7 +135,7 @@ def test_who_asks_much_and_reads_nothing_is_dropped(fake_speaker, serving):
 
 def test_who_vanishes_without_a_word_is_let_go(fake_speaker, serving):
     async def test():
-        limits = Limits(**QUICK, ping_s=0.1, vanished_s=0.4)
+        limits = Limits(**QUICK, ping_s=0.1, vanished_s=2.0)
         async with serving(fake_speaker(2), limits) as served:
             line = raw_request(served)  # never answers a ping
             async with served.connect(autoping=True) as quiet:  # does, and says nothing else
