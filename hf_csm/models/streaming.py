@@ -77,6 +77,8 @@ class Engine:
         self.text_policy: Callable[[torch.Tensor], None] | None = None
         self._strengths = strengths
         self._device = lm.device
+        # Each thread has a current device of its own, 0 at first, and CUDA graphs are captured on it; -1 is none.
+        self._cuda_index = -1 if self._device.index is None else self._device.index
         mimi.set_num_codebooks(max(lm.dep_q, lm.n_q - lm.dep_q))
         self._generator = LMGen(
             lm.eval(),
@@ -98,7 +100,7 @@ class Engine:
         self._forced: list[deque[int]] = [deque() for _ in range(num_slots)]
         self._forced_now: dict[int, int] = {}
         self._told: list[deque[bool]] = [deque() for _ in range(num_slots)]  # of the frames that are not out yet
-        self._pcm = torch.zeros(num_slots, 1, SAMPLES_PER_FRAME, pin_memory=self._device.type == "cuda")
+        self._pcm = torch.zeros(num_slots, 1, SAMPLES_PER_FRAME)
 
     def warm_up(self) -> None:
         """Run a few frames in every slot, so that the first conversation starts at full speed."""
@@ -122,7 +124,7 @@ class Engine:
                 raise ValueError(f"seed is {seed}, but {self.num_slots} conversations share one random state")
             torch.manual_seed(seed)
         mask = self._mask([slot])
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device(self._cuda_index):
             self.mimi.reset_streaming(mask)
             self._generator.reset_streaming(mask)
         self._restarted()
@@ -143,7 +145,6 @@ class Engine:
         assert self._strengths is not None, "the engine has no adapters"
         self._strengths.set(slot, adapter, strength)
 
-    @torch.no_grad()
     def step(self, frames: Mapping[int, np.ndarray]) -> dict[int, Frame]:
         """Let the named slots hear a frame each, and return what Moshi says in them; the other slots stand still.
 
@@ -153,12 +154,16 @@ class Engine:
         Args:
             frames: for each slot what its user says, `[1920]`, float32, 24 kHz.
         """
+        with torch.no_grad(), torch.cuda.device(self._cuda_index):
+            return self._step(frames)
+
+    def _step(self, frames: Mapping[int, np.ndarray]) -> dict[int, Frame]:
         slots = sorted(frames)
         for slot in slots:
             assert frames[slot].shape == (SAMPLES_PER_FRAME,), frames[slot].shape
             self._pcm[slot, 0] = torch.from_numpy(frames[slot])
         self._encoder.only(slots)
-        codes = self.mimi.encode(self._pcm.to(self._device, non_blocking=True))
+        codes = self.mimi.encode(self._pcm.to(self._device))
         new = [slot for slot in slots if self._num_steps[slot] == 0]
         if new:
             self.mimi.reset_streaming(self._mask(new))

@@ -20,7 +20,7 @@ from hf_csm.errors import UserError
 from hf_csm.evaluation.generate import ROOM_TONE_DB
 from hf_csm.models.streaming import Frame
 from hf_csm.serving.script import WORD_START, Script, words_in
-from hf_csm.serving.voices import Speaker, Voice, check_strength
+from hf_csm.serving.voices import Speaker, Voice, check_strength, explain_failure
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME, samples_to_frames, seconds_to_frames
 
 
@@ -92,7 +92,7 @@ def say(
         strength: of the adapter; 0 is the base, 1 as trained.
 
     Raises:
-        UserError: the text is empty, no voice knows the emotion, or the strength is none.
+        UserError: the text is empty, no voice knows the emotion, the strength is none, or the engine failed.
     """
     chosen = _choose(speaker, emotion, voice, strength)
     words = split_words(normalise_text(text, "what to say"))
@@ -140,7 +140,8 @@ def reply(
         question: `[S]`, float32, 24 kHz; see `read_question`.
 
     Raises:
-        UserError: no voice knows the emotion, the strength is none, or one of the times is not above 0.
+        UserError: no voice knows the emotion, the strength is none, one of the times is not above 0, or the engine
+            failed.
     """
     chosen = _choose(speaker, emotion, voice, strength)
     check_times(tail_s, max_s)
@@ -270,7 +271,10 @@ def _converse(
     speaker.engine.reset(0, seed=seed)
     speaker.steer(0, voice, emotion, strength)
     for frame in heard:
-        said = speaker.engine.step({0: frame})
+        try:
+            said = speaker.engine.step({0: frame})
+        except RuntimeError as error:
+            raise explain_failure(error, speaker.base_name, 1) from error
         if 0 in said:
             yield said[0]
 

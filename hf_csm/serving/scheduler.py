@@ -71,7 +71,10 @@ class Lane:
         self._scheduler.add(self, frame)
 
     def call(self, command: Command) -> None:
-        """Have a command run by the engine's thread after the frames that were put; what it returns is delivered."""
+        """Have a command run by the engine's thread after the frames that were put; what it returns is delivered.
+
+        Where the engine does not keep up, the command waits with the audio before it: up to `max_backlog` frames.
+        """
         self._scheduler.add(self, command)
 
     def release(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from hf_csm.errors import UserError
 from hf_csm.serving.limits import Limits
 from hf_csm.serving.server import LOCAL_NAMES, Server
-from hf_csm.serving.voices import choose_device, find_models, load_models
+from hf_csm.serving.voices import choose_device, explain_failure, find_models, load_models
 
 
 TOKEN_VARIABLE = "HF_CSM_TOKEN"
@@ -49,8 +49,8 @@ def serve(options: ServeOptions) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Raises:
-        UserError: the address is taken or not ours, certificate or token cannot be read, or a model cannot be loaded.
-        RuntimeError: the engine failed.
+        UserError: the address is taken or not ours, certificate or token cannot be read, a model cannot be loaded, or
+            the engine failed.
     """
     if options.slots < 1:
         raise UserError(f"--slots is {options.slots}.", "Give a whole number of at least 1.")
@@ -82,7 +82,12 @@ def serve(options: ServeOptions) -> None:
         if not is_local and token is None:
             logging.warning("anybody who can reach %s can talk to this server: no token is set", options.host)
         port = sockets[0].getsockname()[1]
-        asyncio.run(hold(server, sockets, tls, f"{'https' if tls else 'http'}://{options.host}:{port}"))
+        try:
+            asyncio.run(hold(server, sockets, tls, f"{'https' if tls else 'http'}://{options.host}:{port}"))
+        except RuntimeError as error:
+            if (failure := server.scheduler.error) is None:
+                raise
+            raise explain_failure(failure, models.base_name, options.slots) from error
         speaker.close()
     finally:
         for listener in sockets:

@@ -25,6 +25,7 @@ __all__ = [
     "Voice",
     "check_strength",
     "choose_device",
+    "explain_failure",
     "find_models",
     "load_models",
     "load_speaker",
@@ -146,11 +147,21 @@ def load_models(
             strengths = add_adapters(lm, models.adapters, num_slots=num_slots, base_name=models.base_name)
         engine = Engine(lm, mimi, num_slots=num_slots, strengths=strengths, **options)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{models.base_name} does not fit in the memory of {device} with {num_slots} slots.",
-            "End what else uses it, load fewer adapters, or ask for fewer slots.",
-        ) from error
+        raise explain_failure(error, models.base_name, num_slots) from error
     return Speaker(engine, tokenizer, models)
+
+
+def explain_failure(error: BaseException, base_name: str, num_slots: int) -> UserError:
+    """Return what to say of an engine that raised `error`, as it was loaded or later."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            f"{base_name} does not fit in the memory of the device with {num_slots} slot{'s' * (num_slots > 1)}.",
+            "End what else uses it, load fewer adapters, or ask for fewer slots.",
+        )
+    reason = (str(error).splitlines() or [""])[0]
+    return UserError(
+        f"The engine failed: {type(error).__name__}: {reason}", "Run the same command again; --debug shows where."
+    )
 
 
 def choose_device(name: str | None = None) -> torch.device:

@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -191,6 +193,26 @@ def test_a_text_policy_has_the_last_word(make_engine):
     engine.force_text(0, [300])
     assert {frame.text_token for frame in talk(engine, 0, speech(0, 5))} == {17}
     assert seen[0].tolist() == [300]
+
+
+def test_a_step_runs_on_the_device_of_the_model_whatever_the_thread(make_engine, monkeypatch):
+    """Every thread begins with the first GPU, and CUDA graphs are captured on the current one."""
+    engine, current, seen = make_engine(), [0], []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    assert engine._cuda_index == -1  # on a CPU nothing is changed
+    engine._cuda_index = 1
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for part, name in ((engine._generator, "step"), (engine.mimi, "encode"), (engine.mimi, "reset_streaming")):
+        method = getattr(part, name)
+        monkeypatch.setattr(part, name, lambda *args, method=method: (seen.append(current[-1]), method(*args))[1])
+    engine.warm_up()
+    assert set(seen) == {1} and len(seen) > 10
 
 
 def test_the_models_are_free_after_close(lm, mimi, make_engine):

@@ -176,6 +176,26 @@ def test_a_reply_is_repeatable_and_answers_what_it_heard(speaker):
 
 
 @pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "does not fit in the memory"),
+        (RuntimeError("CUDA error: no luck\nmore"), "The engine failed: RuntimeError: CUDA error: no luck"),
+    ],
+)
+def test_a_failed_engine_is_said(speaker, monkeypatch, failure, words):
+    def fail(_):
+        raise failure
+
+    monkeypatch.setattr(speaker.engine, "step", fail)
+    for speak in (lambda: say(speaker, "hello"), lambda: reply(speaker, question())):
+        with pytest.raises(UserError, match=words) as caught:
+            speak()
+        assert len(str(caught.value).splitlines()) == 2
+        assert caught.value.__cause__ is failure
+    assert speaker.engine.text_policy is None
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         ({"text": "  "}, "is empty"),

@@ -185,7 +185,7 @@ def test_memory_that_does_not_suffice_is_said(tiny_moshi, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("hf_csm.serving.voices.load_moshi", no_memory)
-    with pytest.raises(UserError, match="does not fit in the memory of cpu"):
+    with pytest.raises(UserError, match="does not fit in the memory of the device with 1 slot"):
         load_speaker([str(tiny_moshi)], device="cpu")
 
 

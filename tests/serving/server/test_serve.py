@@ -1,4 +1,6 @@
 import asyncio
+import contextlib
+import dataclasses
 import errno
 import os
 import shutil
@@ -6,9 +8,12 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
+import torch
 
 from hf_csm import cli
 from hf_csm.errors import UserError
@@ -174,6 +179,49 @@ def test_a_failed_engine_ends_the_process_with_an_error(fake_speaker):
         assert str(caught.value.__cause__) == "CUDA error"
 
     asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "tiny does not fit in the memory of the device with 1 slot."),
+        (RuntimeError("CUDA error: no luck\nmore"), "The engine failed: RuntimeError: CUDA error: no luck"),
+    ],
+)
+@pytest.mark.parametrize("when", ["warm_up", "step"])
+def test_a_failed_engine_is_said_in_two_lines(fake_speaker, monkeypatch, capsys, failure, words, when):
+    speaker = fake_speaker()
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(speaker.engine, when, fail)
+    speaker.models = dataclasses.replace(speaker.models, base=SimpleNamespace(model_type="moshi"))
+    monkeypatch.setattr("hf_csm.serving.serve.find_models", lambda *_: speaker.models)
+    monkeypatch.setattr("hf_csm.serving.serve.load_models", lambda *_, **__: speaker)
+    monkeypatch.setattr("hf_csm.serving.serve.logging.basicConfig", lambda **_: None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    async def talk():
+        async with aiohttp.ClientSession() as client:
+            for _ in range(200):
+                with contextlib.suppress(OSError):
+                    async with client.ws_connect(f"http://127.0.0.1:{port}/api/chat?audio=pcm") as ws:
+                        await ws.send_bytes(b"\x01" + bytes(3840))
+                        while (await ws.receive(timeout=5)).data != 1011:
+                            pass
+                        return
+                await asyncio.sleep(0.05)
+
+    talking = threading.Thread(target=lambda: asyncio.run(talk()))
+    if when == "step":
+        talking.start()
+    assert cli.main(["serve", "x", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]) == 1
+    if when == "step":
+        talking.join()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "%" not in line]
+    assert lines[-2] == f"error: {words}" and lines[-1].strip()
 
 
 def test_a_port_that_was_taken_meanwhile_is_said(fake_speaker):
