@@ -80,7 +80,7 @@ class Models:
         if not named:
             names = [found.name for found in self.voices]
             raise UserError(
-                f"There is no voice {voice!r}; {_nearest(str(voice), names)}.", f"The voices are {', '.join(names)}."
+                f"There is no voice {voice!r}{_nearest(str(voice), names)}.", f"The voices are {', '.join(names)}."
             )
         is_comparison = voice == BASE and len(self.voices) > 1
         if emotion is None or is_comparison:
@@ -97,7 +97,7 @@ class Models:
                 "Name an adapter that was, or leave the emotion out.",
             )
         raise UserError(
-            f"{who} does not know the emotion {emotion!r}; {_nearest(emotion, known)}.",
+            f"{who} does not know the emotion {emotion!r}{_nearest(emotion, known)}.",
             f"The emotions are {', '.join(known)}.",
         )
 
@@ -236,4 +236,4 @@ def _without_lora(config: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    return f"nearest is {difflib.get_close_matches(name, names, n=1, cutoff=0)[0]!r}"
+    return "".join(f"; nearest is {near!r}" for near in difflib.get_close_matches(name, names, n=1))

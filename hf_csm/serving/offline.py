@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ from hf_csm.evaluation.generate import ROOM_TONE_DB
 from hf_csm.models.streaming import Frame
 from hf_csm.serving.script import WORD_START, Script, words_in
 from hf_csm.serving.voices import Speaker, Voice, check_strength, explain_failure
-from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME, samples_to_frames, seconds_to_frames
+from hf_csm.units import (
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    Frames,
+    frames_to_seconds,
+    samples_to_frames,
+    seconds_to_frames,
+)
 
 
 SILENCE_DB = -45.0
@@ -30,6 +37,8 @@ FADED_S = 0.8
 """Silence after the last word that ends a text."""
 MAX_FADING_S = 4.0
 """Longest time after the last word, silent or not."""
+LEAD_IN_S = 1.0
+"""Quiet before a question, in which the prefix is told: the shortest that training has before a first turn."""
 SUFFIXES = (".wav", ".flac", ".ogg")
 
 
@@ -45,7 +54,8 @@ class Speech:
         text_tokens: `[T]`, prefix included.
         voice: who spoke.
         emotion: that the voice was asked for; None for none.
-        question_s: length of what the user said; 0 for a text.
+        lead_in_s: quiet at the beginning, before the user's question; 0 for a text.
+        question_s: length of what the user said then; 0 for a text.
     """
 
     audio: np.ndarray
@@ -57,7 +67,13 @@ class Speech:
     emotion: str | None
     strength: float
     seed: int
+    lead_in_s: float = 0.0
     question_s: float = 0.0
+
+    @property
+    def question_end_s(self) -> float:
+        """When the user has asked, from the first sample."""
+        return self.lead_in_s + self.question_s
 
     @property
     def duration_s(self) -> float:
@@ -70,7 +86,8 @@ class Speech:
 
     def describe(self) -> dict[str, Any]:
         """Return all but the samples and tokens, as JSON takes it."""
-        names = ("text", "words", "voice", "emotion", "strength", "seed", "question_s", "duration_s", "is_silent")
+        names = ["text", "words", "voice", "emotion", "strength", "seed"]
+        names += ["lead_in_s", "question_s", "duration_s", "is_silent"]
         return {name: getattr(self, name) for name in names}
 
 
@@ -95,7 +112,7 @@ def say(
         UserError: the text is empty, no voice knows the emotion, the strength is none, or the engine failed.
     """
     chosen = _choose(speaker, emotion, voice, strength)
-    words = split_words(normalise_text(text, "what to say"))
+    words = split_words(check_text(text))
     engine, tokenizer = speaker.engine, speaker.tokenizer
     script = Script(
         [tokens for tokens in map(tokenizer.encode, words) if tokens],
@@ -131,8 +148,10 @@ def reply(
     tail_s: float = 3.0,
     max_s: float = 30.0,
 ) -> Speech:
-    """Let Moshi hear `question` and answer; the speech begins with the question, during which it may speak too.
+    """Let Moshi hear `question` and answer.
 
+    The speech begins with a second of quiet, in which Moshi is told the emotion, as in training; voices that are told
+    none get it, too, so that answers can be compared. The question follows; Moshi may speak during both.
     It ends when Moshi has been quiet for `tail_s` after the question, or `max_s` after it.
 
     Args:
@@ -145,20 +164,35 @@ def reply(
     """
     chosen = _choose(speaker, emotion, voice, strength)
     check_times(tail_s, max_s)
-    num_question = samples_to_frames(len(question))
+    # A prefix that is longer than usual is told before the question, too.
+    lead_in = max(seconds_to_frames(LEAD_IN_S), len(speaker.prefix(chosen, emotion)) + 1)
+    num_asked = lead_in + samples_to_frames(len(question))
     tail, most = seconds_to_frames(tail_s), seconds_to_frames(max_s)
     frames: list[Frame] = []
     num_quiet = 0
-    heard = _Heard(question, seed)
+    heard = _Heard(question, seed, lead_in)
     for frame in _converse(speaker, heard, chosen, emotion, strength, seed):
         frames.append(frame)
-        if len(frames) <= num_question:
+        if len(frames) <= num_asked:
             continue
         is_quiet = frame.text_token in speaker.engine.padding_ids and _is_silent(frame)
         num_quiet = num_quiet + 1 if is_quiet else 0
-        if num_quiet >= tail or len(frames) - num_question >= most:
+        if num_quiet >= tail or len(frames) - num_asked >= most:
             break
-    return _speech(speaker, frames, heard, chosen, emotion, strength, seed, question_s=len(question) / SAMPLE_RATE)
+    speech = _speech(speaker, frames, heard, chosen, emotion, strength, seed)
+    return replace(speech, lead_in_s=frames_to_seconds(lead_in), question_s=len(question) / SAMPLE_RATE)
+
+
+def check_text(text: str) -> str:
+    """Return what is to be said, normalised.
+
+    Raises:
+        UserError: nothing that can be spoken is in it.
+    """
+    try:
+        return normalise_text(text, "what to say")
+    except UserError:
+        raise UserError(f"The text to say, {text!r}, is empty.", "Give at least one word.") from None
 
 
 def check_times(tail_s: float, max_s: float) -> None:
@@ -178,7 +212,12 @@ def read_question(path: str | Path) -> np.ndarray:
     Raises:
         UserError: it cannot be read, or has no sound in it.
     """
-    samples, sample_rate, _ = read_audio(Path(path))
+    try:
+        samples, sample_rate, _ = read_audio(Path(path))
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        raise UserError(error.problem, "Record the question again, or give another sound file.") from error
     return resample(samples.astype(np.float32, copy=False), sample_rate)
 
 
@@ -203,9 +242,12 @@ def write_audio(path: Path, speech: Speech, *, stereo: bool = False) -> None:
         UserError: it cannot be written.
     """
     check_out(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     samples = np.stack([speech.user, speech.audio], axis=1) if stereo else speech.audio
-    handle, beside = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.", "Name a file in another folder.") from error
     os.close(handle)
     try:
         soundfile.write(beside, np.clip(samples, -1.0, 1.0), SAMPLE_RATE)
@@ -227,24 +269,26 @@ def level_db(samples: np.ndarray) -> float:
 
 
 class _Heard:
-    """What the user says, a frame at a time and without end: the question over room tone, then room tone.
+    """What the user says, a frame at a time and without end: room tone, and the question after a lead-in.
 
     Attributes:
         frames: all that have been heard, `[1920]` each.
     """
 
-    def __init__(self, question: np.ndarray | None, seed: int):
+    def __init__(self, question: np.ndarray | None, seed: int, lead_in: Frames = 0):
         self.frames: list[np.ndarray] = []
         self._question = np.zeros(0, dtype=np.float32) if question is None else question
+        self._lead_in = lead_in
         self._rng = np.random.default_rng(seed)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         yield self._quiet_frame()  # only starts the model, which does not hear it
         while True:
             frame = self._quiet_frame()
-            first = len(self.frames) * SAMPLES_PER_FRAME
-            spoken = self._question[first : first + SAMPLES_PER_FRAME]
-            frame[: len(spoken)] = spoken
+            first = (len(self.frames) - self._lead_in) * SAMPLES_PER_FRAME
+            if first >= 0:
+                spoken = self._question[first : first + SAMPLES_PER_FRAME]
+                frame[: len(spoken)] = spoken
             self.frames.append(frame)
             yield frame
 
@@ -291,7 +335,6 @@ def _speech(
     emotion: str | None,
     strength: float,
     seed: int,
-    question_s: float = 0.0,
 ) -> Speech:
     padding_id = speaker.engine.lm.text_padding_token_id
     said = [padding_id if frame.is_told else frame.text_token for frame in frames]
@@ -306,5 +349,4 @@ def _speech(
         emotion=emotion if emotion in voice.emotions else None,
         strength=strength,
         seed=seed,
-        question_s=question_s,
     )

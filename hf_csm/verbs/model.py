@@ -54,7 +54,12 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     say.add_argument("text", help="what to say")
     _add_speaking(say)
 
-    reply = add_verb("reply", _reply, "Let Moshi answer a recorded question, with an emotion, into a sound file.")
+    reply = add_verb(
+        "reply",
+        _reply,
+        "Let Moshi answer a recorded question, with an emotion, into a sound file "
+        "that begins with a second of quiet and the time of the question.",
+    )
     reply.add_argument("question", type=Path, help="sound file, of any rate and number of channels")
     _add_speaking(reply)
     reply.add_argument("--stereo", action="store_true", help="write the user on the left and Moshi on the right")
@@ -150,10 +155,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _say(options: argparse.Namespace) -> None:
-    from hf_csm.data.text import normalise_text
-    from hf_csm.serving.offline import say
+    from hf_csm.serving.offline import check_text, say
 
-    text = normalise_text(options.text, "what to say")
+    text = check_text(options.text)
     _speak(options, lambda speaker, how: say(speaker, text, **how))
 
 

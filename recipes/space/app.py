@@ -149,7 +149,7 @@ def sound(speech: Speech) -> Sound:
     from hf_csm.data.audio import to_int16
     from hf_csm.units import SAMPLE_RATE, seconds_to_samples
 
-    return SAMPLE_RATE, to_int16(speech.audio[seconds_to_samples(speech.question_s) :])
+    return SAMPLE_RATE, to_int16(speech.audio[seconds_to_samples(speech.question_end_s) :])
 
 
 def build_app(environment: Mapping[str, str] = os.environ) -> gradio.Blocks:

@@ -166,7 +166,12 @@ def test_the_voice_is_the_one_named_or_the_first_that_knows_the_emotion(emotion,
     ("emotion", "voice", "problem", "remedy"),
     [
         ("hapy", None, "nearest is 'happy'", "The emotions are happy, sad."),
-        ("sad", "glad", "The voice 'glad' does not know the emotion 'sad'", "The emotions are happy."),
+        (
+            "sad",
+            "glad",
+            "The voice 'glad' does not know the emotion 'sad'.",
+            "The emotions are happy.",
+        ),
         # Trained on both without being told which: nobody can ask it for one.
         ("angry", None, "does not know the emotion 'angry'", "happy, sad"),
         ("angry", "mixed", "The voice 'mixed' was not trained", "leave the emotion out"),

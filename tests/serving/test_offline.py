@@ -1,5 +1,6 @@
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from hf_csm.serving import offline
 from hf_csm.serving.offline import (
     Speech,
     check_out,
+    check_text,
     level_db,
     read_question,
     reply,
     say,
     write_audio,
 )
-from hf_csm.serving.voices import BASE, load_speaker
+from hf_csm.serving.voices import BASE, Speaker, load_speaker
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 
@@ -121,6 +123,8 @@ def acting(speaker, monkeypatch):
 
 
 QUIET, LOUD = 0.001, 0.3
+LEAD_IN = 13
+"""Frames of quiet before a question."""
 
 
 def test_a_text_ends_when_its_last_word_has_faded(speaker, acting, monkeypatch):
@@ -141,14 +145,20 @@ def question(num_frames=4, amplitude=0.2):
 def test_a_reply_ends_when_moshi_has_been_quiet(speaker, acting):
     (word,) = speaker.tokenizer.encode("yes")[:1]
     quiet, talking, thinking = (3, QUIET), (word, LOUD), (0, LOUD)
-    engine = acting([quiet] * 6 + [talking] * 2 + [thinking] * 3 + [quiet] * 4 + [(word, QUIET)] + [quiet])
+    engine = acting([quiet] * (LEAD_IN + 6) + [talking] * 2 + [thinking] * 3 + [quiet] * 4 + [(word, QUIET)] + [quiet])
     said = reply(speaker, question(), voice="calm", tail_s=0.4)
-    assert len(said.text_tokens) == 6 + 2 + 3 + 4 + 1 + 5
+    assert len(said.text_tokens) == LEAD_IN + 6 + 2 + 3 + 4 + 1 + 5
     assert said.question_s == pytest.approx(0.32, abs=0.01)
-    # The model hears the question from its first frame on, then room tone.
+    assert said.lead_in_s == 1.04
+    assert said.question_end_s == pytest.approx(1.36, abs=0.01)
+    assert said.words[0]["start_s"] == pytest.approx(0.08 * (LEAD_IN + 6))
+    # The model hears room tone for a second, the question, room tone again.
     heard = np.concatenate(engine.heard[1:])
-    assert np.array_equal(heard[: len(question())], question())
-    assert -70 < level_db(heard[len(question()) :]) < -50
+    begin = LEAD_IN * SAMPLES_PER_FRAME
+    end = begin + len(question())
+    assert np.array_equal(heard[begin:end], question())
+    for quiet_part in (heard[:begin], heard[end:]):
+        assert -70 < level_db(quiet_part) < -50
     assert np.array_equal(said.user, heard[: len(said.user)])
     assert level_db(engine.heard[0]) < -50
 
@@ -156,14 +166,24 @@ def test_a_reply_ends_when_moshi_has_been_quiet(speaker, acting):
 def test_quiet_before_the_question_ends_does_not_end_the_reply(speaker, acting):
     acting([(3, QUIET)])
     said = reply(speaker, question(20), voice="calm", tail_s=0.4)
-    assert len(said.text_tokens) == 20 + 5
+    assert len(said.text_tokens) == LEAD_IN + 20 + 5
     assert said.is_silent
     assert said.text == ""
 
 
 def test_a_reply_has_a_longest_duration(speaker, acting):
     acting([(3, LOUD)])
-    assert len(reply(speaker, question(), voice="calm", max_s=0.8).text_tokens) == 4 + 10
+    assert len(reply(speaker, question(), voice="calm", max_s=0.8).text_tokens) == LEAD_IN + 4 + 10
+
+
+@pytest.mark.parametrize(("length", "lead_in"), [(3, 13), (20, 21)])
+def test_the_question_comes_after_the_prefix_and_after_a_second(speaker, acting, monkeypatch, length, lead_in):
+    engine = acting([(3, QUIET)])
+    monkeypatch.setattr(Speaker, "prefix", lambda *_: [7] * length)
+    assert reply(speaker, question(), emotion="sad", tail_s=0.4).lead_in_s == lead_in * 0.08
+    assert engine.forced == [7] * length
+    loud = [level_db(frame) > -40 for frame in engine.heard[1:]]
+    assert loud.index(True) == lead_in
 
 
 def test_a_reply_is_repeatable_and_answers_what_it_heard(speaker):
@@ -272,8 +292,29 @@ def test_questions_have_any_rate_and_channels(tmp_path, sample_rate, channels):
 
 def test_a_question_that_is_no_sound_is_refused(tmp_path):
     (tmp_path / "q.wav").write_text("hello")
-    with pytest.raises(UserError, match="not a sound file"):
+    with pytest.raises(UserError, match="not a sound file") as caught:
         read_question(tmp_path / "q.wav")
+    assert caught.value.remedy.startswith("Record the question again")
+    soundfile.write(tmp_path / "q.wav", np.zeros(0), 24_000)
+    with pytest.raises(UserError) as caught:
+        read_question(tmp_path / "q.wav")
+    assert caught.value.remedy.startswith("Record the question again")
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        read_question(tmp_path / "none.wav")
+    assert caught.value.remedy.startswith("Check the path")
+
+
+def test_a_text_without_words_is_told_of_as_a_text():
+    with pytest.raises(UserError, match="^The text to say, ' [?]! ', is empty.\nGive at least one word.$"):
+        check_text(" ?! ")
+
+
+def test_a_place_that_takes_no_file_is_named_as_it_was_given(tmp_path):
+    for out in (Path("/proc/z.wav"), tmp_path / "file" / "z.wav"):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match=f"^{out} cannot be written") as caught:
+            write_audio(out, speech())
+        assert "/." not in str(caught.value)
 
 
 def hf_csm(*arguments):
@@ -303,8 +344,9 @@ def test_reply_answers_a_file(calm, tmp_path, capsys, monkeypatch):
     out = tmp_path / "y.flac"
     assert hf_csm("reply", tmp_path / "q.wav", "--out", out, "--seconds", 0.4, "--stereo", "--voice", "base") == 0
     samples, _ = soundfile.read(out)
-    assert samples.shape == (9 * SAMPLES_PER_FRAME, 2)
-    assert np.abs(samples[: len(question()), 0] - question()).max() < 1e-3
+    assert samples.shape == ((LEAD_IN + 9) * SAMPLES_PER_FRAME, 2)
+    asked = samples[LEAD_IN * SAMPLES_PER_FRAME :, 0]
+    assert np.abs(asked[: len(question())] - question()).max() < 1e-3
     assert ", base: " in capsys.readouterr().out
 
 

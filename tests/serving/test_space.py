@@ -63,10 +63,10 @@ def test_adapter_and_base_answer_one_question(app, stage, question):
         ("expressive", "sad", 3),
         ("base", None, 3),
     ]
-    assert np.array_equal(adapted.user[:6000], base.user[:6000])
+    assert np.array_equal(adapted.user[:32000], base.user[:32000])
     sample_rate, samples = app.sound(adapted)
     assert (sample_rate, samples.dtype) == (SAMPLE_RATE, np.int16)
-    after = adapted.audio[round(0.3 * SAMPLE_RATE) :]  # the question has 4,800 samples of 16 kHz
+    after = adapted.audio[round(1.34 * SAMPLE_RATE) :]  # after 1.04 s come 4,800 samples of 16 kHz
     assert np.abs(samples / 32768 - np.clip(after, -1, 1)).max() < 1e-4
     # The base is asked once for all emotions; an adapter of strength 0 is the base, but is told the emotion.
     weak, same = stage.ask(None, question, 0.0, 3)
