@@ -28,9 +28,8 @@ from hf_csm.units import FRAME_RATE, SAMPLE_RATE
 PAGE = Path(__file__).parent / "page"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; media-src 'self' blob:; "
-    "worker-src 'self' blob:; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    # The last three are not covered by the first.
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",  # the address of the page may hold the token
@@ -62,8 +61,8 @@ class Server:
         Args:
             token: who does not give it may see the page and whether the server is well.
             allowed_origins: sites whose pages may use the server beside its own, `https://host`; `*` is any.
-            is_local: browsers may only use it under this machine's own names, so that no foreign name can be made
-                to lead here.
+            is_local: it may only be used under this machine's own names and those of allowed origins, so that no
+                foreign name can be made to lead a browser here.
         """
         self.limits = limits or Limits()
         self.metrics = Metrics()
@@ -165,8 +164,16 @@ class Server:
 
     def _turn_away(self, request: web.Request) -> web.Response | None:
         is_open = request.path == "/health" or request.path == "/" or request.path in self._page
+        host = request.headers.get("Host", "localhost")  # which every browser names
+        if not is_open and not self._is_known(host):
+            self.metrics.refused.labels("host").inc()
+            return _problem(
+                403,
+                f"This server answers to localhost, not to {host[:200]}. "
+                f"Start it with --allow-origin {request.scheme}://{host[:200]}.",
+            )
         origin = request.headers.get("Origin")  # browsers name it for the scripts of the page, too
-        is_foreign = origin is not None and not self._is_allowed(origin) and not self._is_own(origin, request.host)
+        is_foreign = origin is not None and not self._is_allowed(origin) and _place(origin)[0] != host
         if origin is not None and is_foreign and not is_open:
             self.metrics.refused.labels("origin").inc()
             return _problem(
@@ -180,13 +187,10 @@ class Server:
     def _is_allowed(self, origin: str) -> bool:
         return "*" in self._allowed_origins or origin in self._allowed_origins
 
-    def _is_own(self, origin: str, host: str) -> bool:
-        """Whether a page of `origin` came from this server; `Host` alone is no proof, a foreign name can lead here."""
-        try:
-            own, name = urlsplit(origin).netloc, urlsplit(f"//{host}").hostname
-        except ValueError:
-            return False
-        return own == host and (not self._is_local or name in LOCAL_NAMES)
+    def _is_known(self, host: str) -> bool:
+        """Whether the server may be used under this name of `Host`."""
+        names = {*LOCAL_NAMES, *(_place(origin)[1] for origin in self._allowed_origins)}
+        return not self._is_local or "*" in self._allowed_origins or _place(f"//{host}")[1] in names
 
     def _knows_token(self, request: web.Request) -> bool:
         assert self._token is not None
@@ -225,7 +229,7 @@ class Server:
         speaker = self._speaker
         return web.json_response(
             {
-                "base_model": speaker.base_name,
+                "base_model": _shown(speaker.base_name),
                 "model_type": self._model_type,
                 "frame_rate": FRAME_RATE,
                 "sample_rate": SAMPLE_RATE,
@@ -253,6 +257,25 @@ class Server:
     async def _show_page(self, request: web.Request) -> web.StreamResponse:
         path = self._page.get("/index.html" if request.path == "/" else request.path)
         return _problem(404, "There is nothing here.") if path is None else web.FileResponse(path)
+
+
+def _place(url: str) -> tuple[str, str | None]:
+    """Return host and port as they are written, and the name alone; what is no URL has neither."""
+    try:
+        parts = urlsplit(url)
+        return parts.netloc, parts.hostname
+    except ValueError:
+        return "", None
+
+
+def _shown(model: str) -> str:
+    """Return what strangers may see of a model's name: of a folder of this machine the last part.
+
+    >>> _shown("kyutai/moshiko-pytorch-bf16"), _shown("/home/me/models/base")
+    ('kyutai/moshiko-pytorch-bf16', 'base')
+    """
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else model
 
 
 def _problem(status: int, message: str) -> web.Response:

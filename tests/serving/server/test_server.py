@@ -2,8 +2,7 @@ import asyncio
 import contextlib
 import json
 import logging
-import sys
-import types
+from pathlib import Path
 
 import aiohttp
 import numpy as np
@@ -26,76 +25,6 @@ async def get(served, path="/api/info", **options):
     """Return status, headers and body."""
     async with served.client.get(served.address + path, **options) as response:
         return response.status, response.headers, await response.text()
-
-
-def test_moshis_own_client_works_unchanged(fake_speaker, serving, monkeypatch):
-    played = []
-
-    class Stream:
-        """What `sounddevice` would call with every 80 ms, from its own thread."""
-
-        def __init__(self, *, callback, blocksize, **_):
-            self.callback, self.blocksize = callback, blocksize
-
-        def __enter__(self):
-            self.task = asyncio.get_running_loop().create_task(self.play())
-
-        def __exit__(self, *_):
-            self.task.cancel()
-
-    class InputStream(Stream):
-        async def play(self):
-            while True:
-                self.callback(np.full((self.blocksize, 1), 0.1, dtype=np.float32), self.blocksize, None, None)
-                await asyncio.sleep(0.005)
-
-    class OutputStream(Stream):
-        async def play(self):
-            while True:
-                out = np.zeros((self.blocksize, 1), dtype=np.float32)
-                self.callback(out, self.blocksize, None, None)
-                played.append(float(np.abs(out).max()))
-                await asyncio.sleep(0.005)
-
-    class Printer:
-        def __init__(self):
-            self.tokens, self.logs = [], []
-
-        def print_token(self, token):
-            self.tokens.append(token)
-
-        def log(self, level, message):
-            self.logs.append(message)
-
-        def print_pending(self):
-            pass
-
-        print_lag = print_header = print_pending
-
-    monkeypatch.setitem(
-        sys.modules, "sounddevice", types.SimpleNamespace(InputStream=InputStream, OutputStream=OutputStream)
-    )
-    monkeypatch.delitem(sys.modules, "moshi.client", raising=False)
-    from moshi import client as moshi_client
-
-    monkeypatch.delitem(sys.modules, "moshi.client")
-
-    async def test():
-        speaker, printer = fake_speaker(), Printer()
-        speaker.engine.texts[0].extend([17, 18])
-        async with serving(speaker) as served:
-            options = types.SimpleNamespace(url=None, https=False, host="127.0.0.1", port=served.port)
-            talking = asyncio.create_task(moshi_client.run(printer, options))
-            await served.until(lambda: max(played, default=0) > 0.05 and len(printer.tokens) == 2)
-            assert printer.tokens == [" w17", " w18"]
-            # The last is what it says of the handshake of moshi's own server, too.
-            address = f"ws://127.0.0.1:{served.port}/api/chat"
-            assert printer.logs == [f"Connecting to {address}.", "connected!", "unknown message kind 0"]
-            talking.cancel()
-            await asyncio.wait([talking])
-            await served.until(lambda: served.server.scheduler.num_free == 1)
-
-    run(test())
 
 
 def test_info_says_what_can_be_asked_for(fake_speaker, serving):
@@ -121,6 +50,19 @@ def test_info_says_what_can_be_asked_for(fake_speaker, serving):
                 "seeds": False,
                 "version": __version__,
             }
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("user/base", "user/base"), ("/home/me/base", "base"), (".", Path.cwd().name)]
+)
+def test_info_names_no_folders_of_the_machine(fake_speaker, serving, name, shown):
+    async def test():
+        speaker = fake_speaker()
+        speaker.base_name = name
+        async with serving(speaker) as served:
+            assert json.loads((await get(served))[2])["base_model"] == shown
 
     run(test())
 
@@ -161,7 +103,8 @@ def test_the_page_comes_with_headers_that_protect_it(fake_speaker, serving):
             status, headers, body = await get(served, "/")
             assert status == 200 and headers["Content-Type"] == "text/html" and "<html" in body
             policy = headers["Content-Security-Policy"]
-            assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+            assert policy.startswith("default-src 'self';") and "frame-ancestors 'none'" in policy
+            assert not any(word in policy for word in ("unsafe", "ws:", "blob:", "data:"))
             assert headers["Permissions-Policy"].startswith("microphone=(self)")
             assert headers["Referrer-Policy"] == "no-referrer" and headers["X-Content-Type-Options"] == "nosniff"
             for path in server_module.PAGE.glob("*.js"):
@@ -177,7 +120,7 @@ def test_nothing_else_is_served(fake_speaker, serving, path):
     async def test():
         async with serving(fake_speaker()) as served:
             reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: [::1]:1\r\nConnection: close\r\n\r\n".encode())
             answer = (await reader.read()).decode()
             assert answer.startswith("HTTP/1.1 404") and answer.endswith('{"error": "There is nothing here."}')
             writer.close()
@@ -248,11 +191,18 @@ def test_with_a_token_only_who_gives_it_comes_in(fake_speaker, serving, query, h
         ({}, "http://evil.example", "evil.example", False),  # a name of theirs that leads here
         ({}, "null", "localhost:1", False),
         ({}, "http://[", "localhost:1", False),
+        ({}, None, "evil.example", False),
+        ({}, None, "localhost.evil.example:8998", False),
+        ({}, None, "[", False),
+        ({"is_local": False}, None, "moshi.example", True),
         ({"is_local": False}, "https://moshi.example", "moshi.example", True),
         ({"is_local": False}, "https://evil.example", "moshi.example", False),
         ({"allowed_origins": ["https://friend.example"]}, "https://friend.example", "localhost:1", True),
         ({"allowed_origins": ["https://friend.example"]}, "https://friend.example.evil", "localhost:1", False),
-        ({"allowed_origins": ["*"]}, "https://any.example", "localhost:1", True),
+        ({"allowed_origins": ["https://friend.example"]}, "https://friend.example", "friend.example", True),
+        ({"allowed_origins": ["https://friend.example"]}, None, "friend.example:1", True),
+        ({"allowed_origins": ["https://friend.example"]}, None, "evil.example", False),
+        ({"allowed_origins": ["*"]}, "https://any.example", "any.example", True),
     ],
 )
 def test_pages_of_other_sites_are_kept_out(fake_speaker, serving, options, origin, host, is_let_in):
@@ -263,13 +213,16 @@ def test_pages_of_other_sites_are_kept_out(fake_speaker, serving, options, origi
             assert status == (200 if is_let_in else 403)
             allows = answered.get("Access-Control-Allow-Origin")
             assert allows == (origin if options.get("allowed_origins") and is_let_in else None)
+            assert (await get(served, "/metrics", headers=headers))[0] == status
+            assert (await get(served, "/health", headers=headers))[0] == 200
             if is_let_in:
                 async with served.connect(headers=headers) as ws:
                     assert await ws.receive_bytes() == b"\x00"
             else:
                 with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
                     await served.connect(headers=headers)
-                assert served.count("sessions_refused_total", reason="origin") == 2
+                refused = [served.count("sessions_refused_total", reason=reason) for reason in ("origin", "host")]
+                assert sorted(refused) == [0, 3]
 
     run(test())
 

@@ -1,5 +1,7 @@
 import asyncio
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -67,6 +69,76 @@ def test_audio_and_text_as_moshis_server_sends_them(fake_speaker, serving):
             assert served.count("sessions_active") == 1
         assert served.count("sessions_total") == 1 and served.count("sessions_active") == 0
         assert served.count("drops_total", reason="vanished") == 0
+
+    run(test())
+
+
+def test_moshis_own_client_works_unchanged(fake_speaker, serving, monkeypatch):
+    played = []
+
+    class Stream:
+        """What `sounddevice` would call with every 80 ms, from its own thread."""
+
+        def __init__(self, *, callback, blocksize, **_):
+            self.callback, self.blocksize = callback, blocksize
+
+        def __enter__(self):
+            self.task = asyncio.get_running_loop().create_task(self.play())
+
+        def __exit__(self, *_):
+            self.task.cancel()
+
+    class InputStream(Stream):
+        async def play(self):
+            while True:
+                self.callback(np.full((self.blocksize, 1), 0.1, dtype=np.float32), self.blocksize, None, None)
+                await asyncio.sleep(0.005)
+
+    class OutputStream(Stream):
+        async def play(self):
+            while True:
+                out = np.zeros((self.blocksize, 1), dtype=np.float32)
+                self.callback(out, self.blocksize, None, None)
+                played.append(float(np.abs(out).max()))
+                await asyncio.sleep(0.005)
+
+    class Printer:
+        def __init__(self):
+            self.tokens, self.logs = [], []
+
+        def print_token(self, token):
+            self.tokens.append(token)
+
+        def log(self, level, message):
+            self.logs.append(message)
+
+        def print_pending(self):
+            pass
+
+        print_lag = print_header = print_pending
+
+    monkeypatch.setitem(
+        sys.modules, "sounddevice", types.SimpleNamespace(InputStream=InputStream, OutputStream=OutputStream)
+    )
+    monkeypatch.delitem(sys.modules, "moshi.client", raising=False)
+    from moshi import client as moshi_client
+
+    monkeypatch.delitem(sys.modules, "moshi.client")
+
+    async def test():
+        speaker, printer = fake_speaker(), Printer()
+        speaker.engine.texts[0].extend([17, 18])
+        async with serving(speaker) as served:
+            options = types.SimpleNamespace(url=None, https=False, host="127.0.0.1", port=served.port)
+            talking = asyncio.create_task(moshi_client.run(printer, options))
+            await served.until(lambda: max(played, default=0) > 0.05 and len(printer.tokens) == 2)
+            assert printer.tokens == [" w17", " w18"]
+            # The last is what it says of the handshake of moshi's own server, too.
+            address = f"ws://127.0.0.1:{served.port}/api/chat"
+            assert printer.logs == [f"Connecting to {address}.", "connected!", "unknown message kind 0"]
+            talking.cancel()
+            await asyncio.wait([talking])
+            await served.until(lambda: served.server.scheduler.num_free == 1)
 
     run(test())
 
