@@ -144,5 +144,8 @@ def _explain(error: BaseException) -> tuple[str, str]:
         )
     if isinstance(error, ValueError) and str(error).startswith("Invalid metadata"):
         lines = [line.strip("- ") for line in str(error).splitlines()[1:]]
-        return f"the Hub refuses the card: {'; '.join(lines)[:300]}", "Prepare the table again with values of the Hub."
+        return (
+            f"the Hub refuses the card: {'; '.join(lines)[:300]}",
+            "Correct these values where the card has them from.",
+        )
     return "", ""

@@ -6,6 +6,7 @@ What was trained goes further than the tables: `corpora.json` lies in the run's 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,6 +24,20 @@ from hf_csm.units import Seconds, frames_to_seconds
 
 CORPORA_NAME = "corpora.json"
 UNSTATED = "unknown"
+_LICENSES = (
+    "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
+    "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
+    "cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 "
+    "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 "
+    "cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 "
+    "etalab-2.0 eupl-1.1 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research "
+    "isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl "
+    "ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib"
+)
+LICENSES = frozenset(_LICENSES.split())
+"""Licence ids that a card on the Hub may state."""
+LANGUAGE = re.compile("[a-z]{2,3}")
+"""What the Hub takes for a language: an ISO 639-1, 639-2 or 639-3 code."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class CorpusTerms:
     Attributes:
         corpus: its name in the rows.
         title: what people call it.
-        license: licence id of the Hub; `unknown` if nobody stated one.
+        license: licence id of the Hub, in lower case; `unknown` if nobody stated one.
         notice: authors to name and terms to repeat.
         homepage: where it comes from.
         not_to_be_published: why its audio, codes, texts and labels may not be passed on; null if they may.
@@ -58,6 +73,14 @@ class CorpusTerms:
     duration_s: Seconds = 0.0
     emotions: dict[str, int] = field(default_factory=dict)
     languages: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "license", licence_id(self.license) or UNSTATED)
+
+
+def licence_id(stated: object) -> str:
+    """Return what a card or a file states as licence in lower case; several, in a list, with commas between."""
+    return ", ".join(map(str, stated)).lower() if isinstance(stated, list) else str(stated or "").strip().lower()
 
 
 def corpora_of(config: DatasetConfig) -> list[CorpusTerms]:
@@ -163,18 +186,24 @@ def _terms_in(folder: Path, fallback: str) -> list[CorpusTerms]:
     except UserError:
         card = {"corpus": fallback, "title": fallback}
     files = split_files(folder, "train")
-    in_rows = set(read_columns(files, ["corpus"])["corpus"].unique().to_pylist()) if files else set()
+    spoken: dict[str, set[str]] = {}
+    if files:
+        rows = read_columns(files, ["corpus", "language"]).to_pydict()
+        for name, language in zip(rows["corpus"], rows.get("language", [None] * len(rows["corpus"])), strict=True):
+            spoken.setdefault(str(name), set()).update([language] if language else [])
     builders = {builder.NAME: builder for builder in all_builders()}
     of_card = CorpusTerms(
         str(card["corpus"]),
         str(card.get("title", card["corpus"])),
-        UNSTATED if card.get("license") in (None, "", "other") else card["license"],
+        UNSTATED if card.get("license") in (None, "", "other") else licence_id(card["license"]),
         str(card.get("notice", "")),
     )
     for name in (str(card["corpus"]), str(card.get("builder"))):  # a name that was edited does not make a corpus free
         of_card = replace(of_card, not_to_be_published=_with_builder(of_card, builders.get(name)).not_to_be_published)
-    names = sorted(map(str, in_rows)) or [of_card.corpus]
-    return [_with_builder(replace(of_card, corpus=name), builders.get(name)) for name in names]
+    return [
+        _with_builder(replace(of_card, corpus=name, languages=sorted(spoken.get(name, ()))), builders.get(name))
+        for name in sorted(spoken) or [of_card.corpus]
+    ]
 
 
 def _with_builder(terms: CorpusTerms, builder: type[CorpusBuilder] | None) -> CorpusTerms:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_csm.data.hub import hub_errors
+from hf_csm.data.terms import licence_id
 from hf_csm.errors import UserError
 from hf_csm.export.hub import file_oid, oid_of
 
@@ -27,7 +28,7 @@ class HubBase:
     Attributes:
         repo_id: of the base model.
         revision: that was trained on, if one was asked for.
-        license: that its card states.
+        license: that its card states; several with commas between.
         names: for config.json; `hf://user/name/file` each.
     """
 
@@ -77,7 +78,7 @@ def find_base(
         for repo in sorted({_split(name)[0] for name in names.values()}):
             own = [_split(name)[1] for name in names.values() if _split(name)[0] == repo]
             _check_served(api, repo, own, revision if repo == repo_id and not is_local else None)
-    return HubBase(repo_id, None if is_local else revision, card.license if card else None, names)
+    return HubBase(repo_id, None if is_local else revision, licence_id(card.license if card else None) or None, names)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from hf_csm.data.terms import CorpusTerms
 from hf_csm.errors import UserError
 from hf_csm.export.card_text import LOSSES, MEASURES, body
 from hf_csm.export.emotions import EmotionControl, read_emotion_control
-from hf_csm.export.licences import LICENCE_FILE, Licence, licence_of, licence_text
+from hf_csm.export.licences import LICENCE_FILE, Licence, licence_of, licence_text, slug
 
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def facts_of(
         repo_id: `user/name` that it will have.
         corpora: that were trained on, with the licences that the user has stated; none if they are not known.
         base_model: repository of the base; the card names nothing else, since that would be a place on a machine.
-        base_license: licence id that the card of the base model states.
+        base_license: that the card of the base model states, several with commas between.
         merged: whether whole weights are in the folder instead of an adapter.
 
     Raises:
@@ -164,7 +164,7 @@ def _eval_results(facts: CardFacts) -> list[Any]:
 
     if not facts.evaluation:
         return []
-    tables = {terms.table or terms.corpus for terms in facts.corpora if not terms.replay}
+    tables = {terms.table or slug(terms.corpus) for terms in facts.corpora if not terms.replay}
     table = tables.pop() if len(tables) == 1 else "mixture"
     titles = ", ".join(dict.fromkeys(terms.title for terms in facts.corpora if not terms.replay)) or "unknown"
     return [

@@ -9,7 +9,7 @@ import yaml
 
 from hf_csm import __version__
 from hf_csm.data.terms import CorpusTerms
-from hf_csm.export.licences import meaning
+from hf_csm.export.licences import base_terms, meaning
 
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def _data(facts: CardFacts) -> str:
     base = facts.base_license or "not known; see its page"
     is_other = facts.licence.id == "other"
     result = "all terms in [LICENSE.md](LICENSE.md) at once" if is_other else f"`{facts.licence.id}`"
-    against = ", ".join(dict.fromkeys(terms.title for terms in facts.corpora if "-nc" in terms.license))
+    sources = (*facts.corpora, *base_terms(facts.base_model or "", facts.base_license))
+    against = ", ".join(dict.fromkeys(terms.title.strip() for terms in sources if "-nc" in terms.license))
     commerce = f" It is not for commercial use, because of {against}." if against else ""
     return "\n".join(
         [

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hf_csm.data.terms import UNSTATED, CorpusTerms
+from hf_csm.data.terms import LANGUAGE, LICENSES, UNSTATED, CorpusTerms, licence_id
 from hf_csm.errors import UserError
 
 
@@ -24,7 +24,13 @@ PERMISSIVE = frozenset(
     + ("cdla-permissive-2.0", "mit", "odbl", "odc-by", "pddl", "unlicense", "wtfpl")
 )
 """What is made of material under these may be passed on under other terms, with their notice."""
-_CREATIVE_COMMONS = re.compile(r"cc-(by(?:-nc)?(?:-sa|-nd)?)-[\d.]+")
+COPYLEFT = frozenset(
+    ("agpl-3.0", "cdla-sharing-1.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "osl-3.0")
+)
+"""What is made of material under these is shared alike, as with Creative Commons' `sa`."""
+BASE = "base-model"
+"""Stands for the base model among the corpora: its licence is asked of the adapter too."""
+_SUCH = "such as cc-by-4.0"
 _CLAUSES = {
     "by": "name its authors and say what was changed",
     "nc": "no commercial use",
@@ -59,29 +65,75 @@ def with_stated(corpora: Sequence[CorpusTerms], stated: Mapping[str, str]) -> li
     """
     open_ones = [terms.corpus for terms in corpora if _is_unstated(terms)]
     for corpus, licence in stated.items():
-        if corpus not in open_ones:
-            known = next((terms for terms in corpora if terms.corpus == corpus), None)
+        known = next((terms for terms in corpora if terms.corpus == corpus), None)
+        if corpus not in open_ones or known is None:
             raise UserError(
                 f"The licence of {corpus} was stated as {licence}, but "
                 + (f"it is {known.license}." if known else "the adapter was not trained on that."),
                 f"State it for {', '.join(open_ones)}." if open_ones else "Leave it out: all licences are known.",
             )
+        if not _is_known(licence_id(licence)) or not set(_clauses(known.license)) <= set(
+            _clauses(licence_id(licence))
+        ):
+            raise UserError(
+                f"The licence of {corpus} was stated as {licence}, "
+                + (
+                    "which is no licence id of the Hub." if not _clauses(known.license) else f"not as {known.license}."
+                ),
+                f"Give the id that the Hub has for it, {_SUCH}; https://huggingface.co/docs/hub/repositories-licenses "
+                "lists them.",
+            )
     return [replace(t, license=stated[t.corpus]) if t.corpus in stated else t for t in corpora]
 
 
+def base_terms(base_model: str, base_license: str | None) -> list[CorpusTerms]:
+    """Return the terms of the base model, one for each licence that its card states."""
+    licences = (base_license or UNSTATED).split(", ")
+    return [CorpusTerms(BASE, f"the base model {base_model}", licence) for licence in licences]
+
+
+def check_card_values(corpora: Sequence[CorpusTerms], repo_id: str) -> None:
+    """Check what the Hub would refuse in the card of an adapter, before anything is made.
+
+    Raises:
+        UserError: a language is none of the Hub's.
+    """
+    for terms in corpora:
+        for language in terms.languages:
+            if not LANGUAGE.fullmatch(language):
+                raise UserError(
+                    f"{repo_id}: the adapter learned from {terms.title} in the language {language!r}, which the Hub "
+                    "does not know.",
+                    "Write its ISO 639 code, such as en, in the run's corpora.json, or before training in the corpus.",
+                )
+
+
 def check_licences(
-    corpora: Sequence[CorpusTerms], repo_id: str, *, private: bool, cleared: Collection[str] = ()
+    corpora: Sequence[CorpusTerms],
+    repo_id: str,
+    *,
+    private: bool,
+    cleared: Collection[str] = (),
+    base: Sequence[CorpusTerms] = (),
 ) -> None:
     """Check that nothing which is known of the corpora speaks against publishing an adapter trained on them.
 
     Args:
         private: the repository is; then nothing is published, and nothing is refused.
         cleared: corpora whose terms the user has read and found to allow it, where nobody else can read them.
+        base: terms of the base model, which need not be stated.
 
     Raises:
-        UserError: the repository is public, and it is not known what was trained on, or on what terms, or the terms
-            are against it, or are known only to those who signed them.
+        UserError: `cleared` names what was not trained on, or the repository is public, and it is not known what was
+            trained on, or on what terms, or the terms are against it, or are known only to those who signed them.
     """
+    names = [terms.corpus for terms in corpora] + [BASE]
+    for name in cleared:
+        if name not in names:
+            raise UserError(
+                f"The terms of {name} were said to allow it, but the adapter was not trained on that.",
+                f"--terms-allow takes {', '.join(dict.fromkeys(names))}.",
+            )
     if private:
         return
     if not corpora:
@@ -96,49 +148,59 @@ def check_licences(
                 f"Push with --private; or, if the terms that you signed let such models be published, add "
                 f"--terms-allow {terms.corpus}.",
             )
+        _check_derivable(terms, repo_id, "train without that corpus")
         if _is_unstated(terms):
+            of_whom = "whose licence nobody has stated"
+            if terms.license not in UNSTATED_LICENSES:
+                of_whom = f"under {terms.license}, which is no licence id of the Hub"
             raise UserError(
-                f"{repo_id}: the adapter learned from {terms.title}, whose licence nobody has stated.",
-                f"State it with --license-of {terms.corpus}=ID (such as cc-by-4.0), or push with --private.",
+                f"{repo_id}: the adapter learned from {terms.title}, {of_whom}.",
+                f"State it with --license-of {terms.corpus}=ID ({_SUCH}), or push with --private.",
             )
-        if "nd" in _clauses(terms.license):
-            raise UserError(
-                f"{repo_id}: the adapter learned from {terms.title}, under {terms.license}: what is made of it may "
-                "not be passed on.",
-                "Push with --private, or train without that corpus.",
-            )
-    _check_share_alike([terms for terms in corpora if terms.corpus not in cleared], repo_id)
+    for terms in base:
+        _check_derivable(terms, repo_id, "train on another base model")
+    _check_share_alike([terms for terms in (*corpora, *base) if terms.corpus not in cleared], repo_id)
+
+
+def _check_derivable(terms: CorpusTerms, repo_id: str, remedy: str) -> None:
+    if "nd" in _clauses(terms.license):
+        source = f"is made with {terms.title}" if terms.corpus == BASE else f"learned from {terms.title}"
+        raise UserError(
+            f"{repo_id}: the adapter {source}, under {terms.license}: what is made of it may not be passed on.",
+            f"Push with --private, or {remedy}.",
+        )
 
 
 def licence_of(corpora: Sequence[CorpusTerms], base_license: str | None = None) -> Licence:
     """Return the licence of a model: the strictest of all, if what is under the others may be passed on under it.
 
     Args:
-        base_license: licence id of the base model; None if it is not known.
+        base_license: that the card of the base model states, several with commas between; None if it states none.
     """
     if not corpora:
         return Licence("other", "unstated", LICENCE_FILE)
-    ids = {_id_of(terms) for terms in corpora}
-    if base_license is not None and base_license not in UNSTATED_LICENSES:
-        ids.add(base_license)
+    ids = {_id_of(terms) for terms in (*corpora, *base_terms("", base_license))}
     named = sorted(ids, key=lambda id_: (len(_clauses(id_)), id_), reverse=True)
     for strictest in named:
-        if not strictest.endswith("-terms") and all(_fits_under(other, strictest) for other in named):
+        if strictest in LICENSES and all(_fits_under(other, strictest) for other in named):
             return Licence(strictest)
     kept = [id_ for id_ in ids if not any(_fits_under(id_, other) for other in ids - {id_})]
-    return Licence("other", "-and-".join(sorted(kept)), LICENCE_FILE)
+    return Licence("other", "-and-".join(sorted(kept or ids)), LICENCE_FILE)
 
 
-def _check_share_alike(corpora: Sequence[CorpusTerms], repo_id: str) -> None:
-    for terms in corpora:
-        for other in corpora:
-            if "sa" in _clauses(terms.license) and not _fits_under(other.license, terms.license):
-                raise UserError(
-                    f"{repo_id}: {terms.title} asks that what is made of it is under {terms.license}; {other.title}, "
-                    f"which the adapter learned from too, under {other.license}, does not allow that.",
-                    f"Push with --private, train without one of them, or if you have leave, add --terms-allow "
-                    f"{terms.corpus}.",
-                )
+def _check_share_alike(all_terms: Sequence[CorpusTerms], repo_id: str) -> None:
+    for terms in all_terms:
+        for other in all_terms:
+            if not _shares_alike(terms.license) or _fits_under(other.license, terms.license):
+                continue
+            if other.corpus == BASE and _is_unstated(other):  # its page has more than an id
+                continue
+            raise UserError(
+                f"{repo_id}: {terms.title} asks that what is made of it is under {terms.license}; {other.title}, "
+                f"which the adapter is made with too, under {other.license}, does not allow that.",
+                f"Push with --private, train without one of them, or if you have leave, add --terms-allow "
+                f"{terms.corpus}.",
+            )
 
 
 def meaning(terms: CorpusTerms) -> str:
@@ -175,22 +237,35 @@ def licence_text(corpora: Sequence[CorpusTerms], licence: Licence, base_model: s
     return "\n".join(lines) + "\n"
 
 
+def slug(name: str) -> str:
+    """Return a name as the Hub takes it for a licence or a dataset: lower case, without spaces."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "unnamed"
+
+
+def _is_known(licence: str) -> bool:
+    return licence in LICENSES and licence not in UNSTATED_LICENSES
+
+
 def _is_unstated(terms: CorpusTerms) -> bool:
-    return terms.license in UNSTATED_LICENSES and not terms.not_to_be_published
+    return not _is_known(terms.license) and not terms.not_to_be_published
 
 
 def _id_of(terms: CorpusTerms) -> str:
-    return f"{terms.corpus}-terms" if terms.license in UNSTATED_LICENSES else terms.license
+    return terms.license if _is_known(terms.license) else f"{slug(terms.corpus)}-terms"
 
 
 def _clauses(license_: str) -> list[str]:
-    """Return the parts of a Creative Commons licence, such as by, nc, sa; nothing for others."""
-    found = _CREATIVE_COMMONS.fullmatch(license_)
-    return found[1].split("-") if found else []
+    """Return the parts of a Creative Commons licence, such as by, nc, sa, however it is spelt; nothing for others."""
+    words = re.split(r"[^a-z0-9]+", license_.lower())
+    return [word for word in words if word in _CLAUSES] if {"cc", "creativecommons"} & set(words) else []
+
+
+def _shares_alike(license_: str) -> bool:
+    return "sa" in _clauses(license_) or license_ in COPYLEFT
 
 
 def _fits_under(own: str, other: str) -> bool:
     """Say whether what is made of material under `own` may be under `other`."""
     clauses = _clauses(own)
     is_open = bool(clauses) and not {"sa", "nd"} & set(clauses) and set(clauses) <= set(_clauses(other))
-    return own == other or own in PERMISSIVE or is_open
+    return own == other or own in PERMISSIVE or is_open or (clauses == ["by"] and other in COPYLEFT)

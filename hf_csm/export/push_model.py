@@ -25,8 +25,8 @@ from hf_csm.errors import UserError
 from hf_csm.export.base_on_hub import HubBase, find_base
 from hf_csm.export.card import CARD_NAME, facts_of, write_card
 from hf_csm.export.emotions import read_emotion_control, write_emotion_control
-from hf_csm.export.hub import Target, log_in, open_repository, send_files
-from hf_csm.export.licences import LICENCE_FILE, check_licences, with_stated
+from hf_csm.export.hub import Target, check_may_write, log_in, open_repository, send_files
+from hf_csm.export.licences import LICENCE_FILE, base_terms, check_card_values, check_licences, with_stated
 from hf_csm.export.merge import WEIGHTS_NAME, merge_adapter
 from hf_csm.export.native import LORA_KEYS, LORA_NAME, PEFT_PREFIX, check_native_keys
 from hf_csm.export.run_files import RUN_FILES, SAMPLES_NAME, copy_run_files, run_folder
@@ -103,14 +103,17 @@ def push_model(
     is_merged = merged or trained.adapter is None
     api = log_in(repo_id, "ann/moshiko-happy")
     corpora = with_stated(_read_terms(run_folder(trained.folder)), stated or {})
-    check_licences(corpora, repo_id, private=private, cleared=cleared)
-    config = _read_json(trained.native / CONFIG_NAME)
+    config = read_json(trained.native / CONFIG_NAME)
     if trained.adapter is not None:
         check_adapter(trained)
     base = find_base(api, config, trained.base, trained.base_revision, base_model, merged=is_merged)
+    terms = base_terms(base.repo_id, base.license)
+    check_licences(corpora, repo_id, private=private, cleared=cleared, base=terms)
+    check_card_values(corpora, repo_id)
     target = Target(repo_id, "model", PATTERNS, private, revision)
     with hub_errors(f"{repo_id}: "):
         present = open_repository(api, target, partial(check_same_model, repo_id, base.repo_id, is_merged))
+        check_may_write(api, target)  # before the work of merging
     with staging_folder(trained.folder) as folder:
         _gather(trained, config, base, corpora, is_merged, folder)
         facts = facts_of(
@@ -180,7 +183,7 @@ def check_adapter(trained: Trained) -> None:
     )
     check_native_keys(native, described)
     config, weights = read_adapter(trained.adapter)
-    own = _read_json(native / CONFIG_NAME)
+    own = read_json(native / CONFIG_NAME)
     same = (own.get("lora_rank"), own.get("lora_scaling")) == (config.r, config.lora_alpha / config.r)
     with safe_open(native / LORA_NAME, "pt") as file:
         known = set(file.keys())
@@ -285,7 +288,7 @@ def _gather(
         assert trained.adapter is not None
         _link(trained.native / LORA_NAME, folder)
         _link(trained.adapter / ADAPTER_WEIGHTS_NAME, folder)
-        peft_config = _read_json(trained.adapter / ADAPTER_CONFIG_NAME)
+        peft_config = read_json(trained.adapter / ADAPTER_CONFIG_NAME)
         own = {"base_model_name_or_path": base.repo_id, "revision": base.revision}
         _write_json(peft_config | own, folder / ADAPTER_CONFIG_NAME)
         config = {**config, **base.names}
@@ -309,7 +312,12 @@ def _link(path: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""What the stand-in Hub says of a card's metadata: the lists of licences and sizes are the Hub's."""
+"""What the stand-in Hub says of a card's metadata: the lists of sizes and, in terms.py, licences are the Hub's."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from typing import Any
 
 import yaml
 
+from hf_csm.data.terms import LANGUAGE, LICENSES
 
-_LICENSES = (
-    "afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bsd bsd-2-clause bsd-3-clause bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
-    "cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 "
-    "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 "
-    "cdla-permissive-2.0 cdla-sharing-1.0 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 llama2 llama3 mit mpl-2.0 odbl "
-    "odc-by openrail openrail++ other pddl unknown unlicense wtfpl"
-)
-LICENSES = frozenset(_LICENSES.split())
+
 _SIZES = (
     *("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"),
     *("10B<n<100B", "100B<n<1T", "n>1T"),
@@ -46,7 +40,7 @@ def card_problems(card: str, repo_type: str) -> tuple[list[str], list[str]]:
         "license": (f"must be one of [{', '.join(sorted(LICENSES))}]", lambda value: value in LICENSES),
         "language": (
             "must be an ISO 639-1, 639-2 or 639-3 code",
-            lambda value: re.fullmatch("[a-z]{2,3}", str(value)),
+            lambda value: LANGUAGE.fullmatch(str(value)),
         ),
         "tags": ("must be strings", lambda value: isinstance(value, str)),
         "pretty_name": ("must be a string", lambda value: isinstance(value, str)),

@@ -83,3 +83,15 @@ def test_a_damaged_record_is_named(tmp_path, text):
     with pytest.raises(UserError, match="corpora.json cannot be read") as error:
         read_corpora(tmp_path)
     assert "--resume-from-checkpoint latest" in error.value.remedy
+
+
+def test_the_languages_of_the_rows_are_known_before_training(codes):
+    (found,) = corpora_of(DatasetConfig(sources=[Source(str(codes))]))
+    assert found.languages == ["en"]
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"), [(" CC-BY-4.0 ", "cc-by-4.0"), (["MIT", "gpl-3.0"], "mit, gpl-3.0"), (None, "unknown")]
+)
+def test_a_licence_is_read_however_it_is_spelt(stated, expected):
+    assert CorpusTerms("mine", "Mine", stated).license == expected

@@ -55,7 +55,9 @@ def folder(tmp_path):
 
 
 def card_of(folder, corpora=(RAVDESS,), **more):
-    return model_card(facts_of(folder, "ann/moshiko-sad", list(corpora), **{"base_model": BASE} | more))
+    return model_card(
+        facts_of(folder, "ann/moshiko-sad", list(corpora), **{"base_model": BASE, "base_license": "cc-by-4.0"} | more)
+    )
 
 
 def section(card, title):
@@ -105,7 +107,8 @@ def test_the_hub_takes_the_card(folder, hub, corpora):
 
 
 def test_terms_that_no_licence_says_together_are_in_a_file_of_their_own(folder):
-    assert write_card(facts_of(folder, "ann/x", [RAVDESS], base_model=BASE), folder) == ["README.md"]
+    facts = facts_of(folder, "ann/x", [RAVDESS], base_model=BASE, base_license="cc-by-4.0")
+    assert write_card(facts, folder) == ["README.md"]
     names = write_card(facts_of(folder, "ann/x", [RAVDESS, ESD], base_model=BASE, base_license="cc-by-4.0"), folder)
     assert names == ["README.md", "LICENSE.md"]
     data = ModelCard.load(folder / "README.md").data
@@ -204,6 +207,18 @@ def test_a_base_on_this_machine_is_not_named(folder):
     assert data.base_model is None and "base_model_relation" not in data.to_dict()
 
 
+def test_names_with_spaces_and_capitals_are_made_such_as_the_hub_takes(folder):
+    mine = CorpusTerms("My own Voices", "My own voices", "unknown")
+    data = ModelCard(card_of(folder, [mine])).data
+    assert data.license_name == "cc-by-4.0-and-my-own-voices-terms"
+    assert {result.dataset_type for result in data.eval_results} == {"my-own-voices"}
+
+
+def test_a_base_for_research_only_is_not_for_commerce(folder):
+    card = card_of(folder, [CorpusTerms("mine", "Mine", "cc-by-4.0")], base_license="cc-by-nc-4.0")
+    assert f"not for commercial use, because of the base model {BASE}." in card
+
+
 def test_the_revision_of_the_base_is_named(folder):
     card = card_of(folder, base_revision="v1")
     assert "(revision `v1`)" in card and f'from_hf_repo("{BASE}", revision="v1")' in card
@@ -211,7 +226,7 @@ def test_the_revision_of_the_base_is_named(folder):
 
 def test_names_that_others_chose_cannot_break_the_card(folder):
     evil = CorpusTerms("evil", "a | b\n## Heading <script>x</script>", "mit", notice="line\n- [click](http://x)")
-    card = card_of(folder, [evil])
+    card = card_of(folder, [evil], base_license="mit")
     text = ModelCard(card).text
     assert "<script>" not in text and "\n## Heading" not in card and "[click](" not in text
     (row,) = (line for line in card.splitlines() if line.startswith("| a "))

@@ -8,9 +8,12 @@ from huggingface_hub import HfApi
 
 from hf_csm.config import DatasetConfig, MoshiPaths, Replay, RunConfig, Source, TrainingConfig
 from hf_csm.data.table import read_card_metadata
+from hf_csm.data.terms import CorpusTerms, write_corpora
 from hf_csm.errors import UserError
 from hf_csm.export import push_run as module
+from hf_csm.export.push_model import push_model
 from hf_csm.export.push_run import check_push, push_run
+from hf_csm.models.moshi import find_checkpoint
 
 
 BASE = "kyutai/tiny"
@@ -82,10 +85,76 @@ def test_what_would_stop_the_push_stops_the_run_before_it_starts(
     refused(config(replay=esd), "and its authors give it", "training.hub_private", hub)
     refused(config(table="dialogues/train.jsonl"), "whose licence nobody has stated", "hf-csm push", hub)
     refused(config(base=tiny_moshi), "which nobody else has", "moshi_paths.hf_repo_id", hub)
-    refused(config(base="kyutai/none"), "the base model: the Hub has no such repository", "spelling", hub)
+    refused(
+        config(base="kyutai/none"), "kyutai/none: no such folder, and the Hub has no such repository", "spelling", hub
+    )
     with pytest.raises(UserError, match="not let|may not do this"):
         check_push(config("another/happy"))
     check_push(config(table=esd, private=True))
+
+
+def test_a_base_that_has_changed_since_its_revision_stops_the_run(hub, base_on_hub, config):
+    pinned = config()
+    pinned.moshi_paths.revision = HfApi().model_info(BASE).sha
+    check_push(pinned)
+    HfApi().delete_repo("user/happy")
+    content = bytearray(find_checkpoint(BASE).moshi_weights.read_bytes())
+    content[-1] ^= 1
+    api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
+    api.upload_file(repo_id=BASE, path_or_fileobj=bytes(content), path_in_repo="model.safetensors")
+    refused(pinned, "model.safetensors is not what it was at", "newest base", hub)
+
+
+def test_what_an_earlier_part_of_the_run_learned_from_stops_it(hub, base_on_hub, config, run):
+    write_corpora([CorpusTerms("esd", "ESD", "other")], run)
+    (run / "checkpoint_000010" / "state").mkdir()
+    (run / "checkpoint_000010" / "state" / "trainer.pt").touch()
+    resumed = config()
+    resumed.resume_from_checkpoint = "latest"
+    refused(resumed, "its authors give it to those who sign", "training.hub_private", hub)
+    resumed.run_dir, resumed.resume_from_checkpoint = str(run.parent / "branch"), str(run / "best")
+    refused(resumed, "its authors give it to those who sign", "training.hub_private", hub)
+
+
+@pytest.mark.parametrize("licence, problem", [("cc-by-nc-nd-4.0", "the base model"), ("gpl-3.0", "does not allow")])
+def test_a_base_whose_licence_forbids_it_stops_the_run_and_the_push(hub, base_on_hub, config, run, licence, problem):
+    api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
+    card = f"---\nlicense: {licence}\n---\n# Tiny\n".encode()
+    api.upload_file(repo_id=BASE, path_or_fileobj=card, path_in_repo="README.md")
+    refused(config(), problem, "training.hub_private", hub)
+    for merged in (False, True):
+        with pytest.raises(UserError, match=problem):
+            push_model(run / "best", "user/happy", merged=merged)
+    assert not HfApi().repo_exists("user/happy")
+
+
+@pytest.mark.parametrize("licence, expected", [("[mit, apache-2.0]", "cc-by-nc-sa-4.0"), ("other", "other")])
+def test_what_the_base_states_is_kept_on_the_card(hub, base_on_hub, run, licence, expected):
+    api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
+    card = f"---\nlicense: {licence}\n---\n# Tiny\n".encode()
+    api.upload_file(repo_id=BASE, path_or_fileobj=card, path_in_repo="README.md")
+    push_model(run / "best", "user/happy")
+    assert HfApi().model_info("user/happy").card_data.license == expected
+    assert ("LICENSE.md" in HfApi().list_repo_files("user/happy")) == (expected == "other")
+
+
+def test_a_language_that_the_hub_does_not_know_stops_the_run_and_the_push(hub, base_on_hub, config, run, monkeypatch):
+    spoken = CorpusTerms("mine", "Mine", "mit", languages=["english"])
+    monkeypatch.setattr(module, "corpora_of", lambda dataset: [spoken])
+    refused(config(), "in the language 'english'", "ISO 639", hub)
+    write_corpora([spoken], run)
+    with pytest.raises(UserError, match="in the language 'english'"):
+        push_model(run / "best", "user/happy")
+    assert not HfApi().repo_exists("user/happy")
+
+
+def test_a_token_that_may_only_read_stops_the_push_before_the_work(hub, base_on_hub, run, tmp_path, monkeypatch):
+    HfApi().create_repo("user/happy")
+    reader = hub.add_user("user", can_write=False)
+    monkeypatch.setattr("hf_csm.export.push_model._gather", lambda *arguments: pytest.fail("it was gathered"))
+    with hub.connected(tmp_path / "home", reader), pytest.raises(UserError, match="may not do this") as error:
+        push_model(run / "best", "user/happy", merged=True)
+    assert "token that may write" in error.value.remedy
 
 
 @pytest.mark.parametrize("exists", [False, True])
