@@ -76,6 +76,10 @@ def open_repository(api: HfApi, target: Target, check_contents: CheckContents) -
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     repo_id, repo_type = target.repo_id, target.repo_type
+    if (target.revision or "").startswith("refs/"):
+        raise UserError(
+            f"{repo_id}: {target.revision} is not the name of a branch.", "Give a branch, such as v1, to push to."
+        )
     try:
         info = api.repo_info(repo_id, repo_type=repo_type)
     except RepositoryNotFoundError:

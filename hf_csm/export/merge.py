@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from hf_csm.errors import UserError
 from hf_csm.export.native import (
     CONFIG_NAME,
+    LORA_KEYS,
     PEFT_PREFIX,
     ExportError,
     checkpoint_name,
@@ -102,7 +103,7 @@ def write_merged(model: MoshiLM, checkpoint: MoshiCheckpoint, folder: Path) -> N
 def merge_adapter(adapter: Path, checkpoint: MoshiCheckpoint, folder: Path) -> None:
     """Write the merged weights and their config.json to `folder` without loading a model.
 
-    What was written is read again and compared number by number; `write_merged` compares what moshi makes of it, too.
+    What was written is read again and compared number by number, and given to moshi by names and shapes.
 
     Args:
         adapter: folder of a PEFT adapter.
@@ -114,6 +115,25 @@ def merge_adapter(adapter: Path, checkpoint: MoshiCheckpoint, folder: Path) -> N
     config, weights = read_adapter(adapter)
     _write(config, weights, checkpoint, folder)
     check_merged(folder / WEIGHTS_NAME, config, weights, checkpoint)
+    check_loadable(folder / WEIGHTS_NAME, checkpoint)
+
+
+def check_loadable(path: Path, checkpoint: MoshiCheckpoint) -> None:
+    """Check that moshi's model takes the weights of the file at `path`, by names and shapes: none is read.
+
+    Raises:
+        ExportError: it does not.
+    """
+    config = {
+        key: value for key, value in (checkpoint.lm_config or loaders._lm_kwargs).items() if key not in LORA_KEYS
+    }
+    try:
+        lm = loaders.get_moshi_lm(None, lm_kwargs=config, device="meta")
+        lm.load_state_dict(
+            {tensor.name: torch.empty(tensor.shape, device="meta") for tensor in read_header(path)[1]}, assign=True
+        )
+    except (RuntimeError, TypeError) as error:
+        raise ExportError(f"moshi does not take {path}: {' '.join(str(error).split())[:300]}") from error
 
 
 def verify_merged(folder: Path, model: MoshiLM, checkpoint: MoshiCheckpoint) -> float:

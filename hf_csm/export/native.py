@@ -246,6 +246,8 @@ def export_checkpoint(
 ) -> Path:
     """Export a trained adapter to a folder that serves, and load it back before returning it.
 
+    Merged weights are written and compared piece by piece, so that a model that fills the memory can be merged.
+
     Args:
         checkpoint: `checkpoint_000500/`, whose `adapter/` holds the PEFT adapter and names the base model, a folder
             with such an adapter in it, or a Hub repository of one.
@@ -253,24 +255,24 @@ def export_checkpoint(
             it knows (`emotions.json`), whose speech it learned from (`corpora.json`), the run's options, metrics and
             samples, as far as they are there.
         revision: of the Hub repository.
-        dtype: in which the trained and the exported model are compared.
+        dtype: in which the trained model and its exported adapter are compared.
 
     Raises:
         UserError: a file is missing or cut short, or the base cannot be had, or `out` holds something else.
         ExportError: the export is not the trained model.
     """
-    from hf_csm.export.merge import write_merged
+    from hf_csm.export.merge import merge_adapter
 
     folder = find_folder(checkpoint, revision, weights=False, also=(ADAPTER_WEIGHTS_NAME, *RUN_FILES))
     adapter = find_adapter(folder, str(checkpoint))
     control = read_emotion_control(folder)
     config, _ = read_adapter(adapter)
     base = find_checkpoint(config.base_model_name_or_path or "", config.revision)
-    model = load_adapter(load_moshi(base, device=device, dtype=dtype), adapter)
     with replaced_folder(out) as beside:
         if merged:
-            write_merged(model, base, beside)
+            merge_adapter(adapter, base, beside)
         else:
+            model = load_adapter(load_moshi(base, device=device, dtype=dtype), adapter)
             save_adapter(model, beside)
             _write_native(model, base, beside)
             verify_native(beside, model, base)

@@ -141,14 +141,19 @@ def _push(options: argparse.Namespace) -> None:
         cleared=options.terms_allow,
     )
     print(f"{url} is complete. Serve it with:")
-    print(f"python -m moshi.server --hf-repo {options.repo_id}")
+    if options.revision is None:
+        print(f"python -m moshi.server --hf-repo {options.repo_id}")
+    else:
+        print(f"hf-csm serve {options.repo_id} --revision {options.revision}")
+        print("(Moshi's own server reads the main branch only.)")
 
 
 def _export(options: argparse.Namespace) -> None:
     from hf_csm.export.native import export_checkpoint
 
     folder = export_checkpoint(options.checkpoint, options.out, revision=options.revision, merged=options.merged)
-    print(f"{folder} loads through moshi and agrees with the checkpoint. Serve it with:")
+    how = "has the merged weights, as moshi takes them" if options.merged else "loads through moshi"
+    print(f"{folder} {how}, and agrees with the checkpoint. Serve it with:")
     weights = "" if options.merged else f" --lora-weight {folder / 'lora.safetensors'}"
     print(f"python -m moshi.server --config-path {folder / 'config.json'}{weights}")
     print(f"or, with emotions: hf-csm serve {folder}")

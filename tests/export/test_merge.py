@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_csm.errors import UserError
 from hf_csm.export import merge
-from hf_csm.export.merge import export_merged, merge_adapter, verify_merged
+from hf_csm.export.merge import check_loadable, export_merged, merge_adapter, verify_merged
 from hf_csm.export.native import ExportError, export_checkpoint
 from hf_csm.models.lora import adapter_parameters, add_lora, merged, save_adapter
 from hf_csm.models.moshi import find_checkpoint, load_moshi
@@ -70,6 +70,26 @@ def test_a_checkpoint_exports_merged(model, base, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (direct / "model.safetensors").read_bytes()
 
 
+def test_merging_loads_no_model(model, tmp_path, monkeypatch):
+    save_adapter(model, tmp_path / "checkpoint" / "adapter")
+
+    def refuse(*arguments, **more):
+        raise AssertionError("a whole model was loaded")
+
+    monkeypatch.setattr("hf_csm.export.native.load_moshi", refuse)
+    monkeypatch.setattr(loaders.CheckpointInfo, "get_moshi", refuse)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", merged=True)
+
+
+def test_weights_that_moshi_does_not_take_are_an_error(model, base, tmp_path):
+    state = load_file(base.moshi_weights)
+    state["nobody.knows.weight"] = torch.zeros(2, 2)
+    save_file(state, tmp_path / "more.safetensors")
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ExportError, match=r"moshi does not take .*nobody\.knows\.weight"):
+        merge_adapter(tmp_path / "adapter", replace(base, moshi_weights=tmp_path / "more.safetensors"), tmp_path)
+
+
 def fused(state):
     """Return the weights as older files have them: the projections of all steps in one matrix."""
     joined = {}
@@ -100,7 +120,9 @@ def test_a_base_with_fused_projections_is_merged_as_moshi_splits_it(model, base,
     weights = tmp_path / "fused.safetensors"
     save_file(fused(load_file(tiny_moshi / "model.safetensors")), weights)
     assert "depformer.layers.0.self_attn.in_proj_weight" in load_file(weights)
-    out = export_merged(model, replace(base, moshi_weights=weights), tmp_path / "merged")
+    base = replace(base, moshi_weights=weights)
+    out = export_merged(model, base, tmp_path / "merged")
+    check_loadable(out / "model.safetensors", base)
     found = loaders.CheckpointInfo.from_hf_repo(
         "user/merged", moshi_weights=out / "model.safetensors", config_path=out / "config.json"
     )
@@ -154,15 +176,14 @@ def test_a_disk_that_changes_what_is_written_is_noticed(model, base, tmp_path, m
 
 
 WIDE = """
-import json, sys
-from dataclasses import replace
+import json, shutil, sys
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from hf_csm.export.merge import merge_adapter
-from hf_csm.models.moshi import find_checkpoint
+import hf_csm.export.merge as merge
+from hf_csm import cli
 
 folder, tiny, width, num_layers = Path(sys.argv[1]), sys.argv[2], 8192, 16
 header, offset = {}, 0
@@ -183,8 +204,12 @@ for layer in range(0, num_layers, 4):  # the others are copied as they are
     weights[f"base_model.model.layers.{layer}.lora_B.weight"] = torch.randn(width, 8)
 (folder / "adapter").mkdir()
 save_file(weights, folder / "adapter" / "adapter_model.safetensors")
-LoraConfig(r=8, lora_alpha=16, target_modules=".*").save_pretrained(folder / "adapter")
-base = replace(find_checkpoint(tiny), moshi_weights=folder / "base.safetensors")
+LoraConfig(
+    r=8, lora_alpha=16, target_modules=".*", base_model_name_or_path=str(folder / "base")
+).save_pretrained(folder / "adapter")
+shutil.copytree(tiny, folder / "base")
+(folder / "base.safetensors").replace(folder / "base" / "model.safetensors")
+merge.check_loadable = lambda *arguments: None  # these are the layers of no Moshi
 del weights
 
 
@@ -194,8 +219,9 @@ def peak_bytes():  # not getrusage, which counts what the parent had when it sta
 
 
 before = peak_bytes()
-merge_adapter(folder / "adapter", base, folder)
-size = (folder / "model.safetensors").stat().st_size
+status = cli.main(["export", str(folder / "adapter"), "--merged", "--out", str(folder / "out")])
+assert status == 0
+size = (folder / "out" / "model.safetensors").stat().st_size
 print(json.dumps({"before": before, "peak": peak_bytes(), "size": size}))
 """
 
@@ -212,4 +238,4 @@ def test_merging_two_gigabytes_takes_little_memory(tiny_moshi, tmp_path):
     assert found["size"] > 2 * 1024**3
     assert found["peak"] < 1.3 * found["size"] + 1e9  # the bar
     assert found["peak"] - found["before"] < 0.4e9  # a piece and its update, whatever the size of the file
-    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "out" / "model.safetensors").unlink()

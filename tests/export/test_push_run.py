@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 
+from hf_csm import cli
 from hf_csm.config import DatasetConfig, MoshiPaths, Replay, RunConfig, Source, TrainingConfig
 from hf_csm.data.table import read_card_metadata
 from hf_csm.data.terms import CorpusTerms, write_corpora
@@ -200,3 +201,12 @@ def test_the_recipe_checks_first_and_pushes_last_on_the_main_process_only(monkey
     recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "train.py"))
     recipe["main"](["--training.push_to_hub", "user/happy"])
     assert done == expected
+
+
+def test_a_push_to_a_branch_names_the_server_that_reads_it(hub, base_on_hub, run, capsys):
+    assert cli.main(["push", str(run / "best"), "--repo-id", "user/happy", "--revision", "v1"]) == 0
+    said = capsys.readouterr().out
+    assert "hf-csm serve user/happy --revision v1\n" in said and "moshi.server" not in said
+    assert cli.main(["push", str(run / "best"), "--repo-id", "user/other", "--revision", "refs/pr/1"]) == 1
+    assert "refs/pr/1 is not the name of a branch" in capsys.readouterr().err
+    assert not HfApi().repo_exists("user/other")
