@@ -60,6 +60,11 @@ export function fromPcm16(pcm) {
   return Float32Array.from(pcm, (x) => x / 32768);
 }
 
+// Frames of noise so faint that nobody hears it, the same again for the same index: models know no digital silence.
+const noise = () => Float32Array.from({ length: FRAME }, () => (6 * Math.random() - 3) / 32768);
+const ROOM = Array.from({ length: 16 }, noise);
+export const room = (index) => ROOM[index % ROOM.length];
+
 export function rms(samples) {
   return Math.sqrt(samples.reduce((sum, x) => sum + x * x, 0) / Math.max(1, samples.length));
 }

@@ -1,6 +1,6 @@
 // One conversation over the wire: frames of sound to the server, sound, text and steering back; both sides recorded.
 
-import { FRAME, RATE, Problem, concat, fromPcm16, openAudio, toPcm16, wav } from "./audio.js";
+import { FRAME, RATE, Problem, concat, fromPcm16, openAudio, room, toPcm16, wav } from "./audio.js";
 
 const HANDSHAKE = 0;
 const AUDIO = 1;
@@ -130,7 +130,9 @@ export class Conversation {
     // What neither network nor server keep up with is left out, so that the delay stays bounded.
     const behindS = (this.sent - this.received) / RATE;
     const isStuck = behindS > BEHIND_S || this.socket.bufferedAmount > UNSENT_BYTES;
-    let pcm = this.source ? !isStuck && this.source(this.sent / FRAME) : toPcm16(frame.mic);
+    const index = this.sent / FRAME;
+    const speak = () => toPcm16(frame.mic.map((x, i) => x + room(index)[i])); // a muted microphone gives zeros
+    let pcm = this.source ? !isStuck && this.source(index) : speak();
     if (pcm && !isStuck) {
       const message = new Uint8Array(1 + pcm.byteLength);
       message[0] = AUDIO;

@@ -1,9 +1,10 @@
 // The same question to two voices: the user's sound is played to each as if it were spoken now, their answers are kept.
 
-import { FRAME, RATE, Problem, concat, fromPcm16, rms } from "./audio.js";
+import { FRAME, RATE, Problem, concat, fromPcm16, rms, room, toPcm16 } from "./audio.js";
 import { Conversation } from "./chat.js";
 
 const QUESTION_S = 60;
+const LEAD_IN_S = 1; // quiet before the question, in which Moshi is told the emotion, as in training
 const LEAST_S = 0.3;
 const RELEASE_S = 5; // a server may take a moment to free the slot of the conversation before
 
@@ -40,15 +41,20 @@ export class Question {
     return (this.length * FRAME) / RATE;
   }
 
+  // When it has been asked, from the beginning of an answer.
+  get askedS() {
+    return this.durationS + (frames(LEAD_IN_S) * FRAME) / RATE;
+  }
+
   get isAsked() {
     return this.durationS > LEAST_S;
   }
 
-  // The frames to send: the question, the room as recorded, then faint noise, for a model hears no digital silence.
+  // The frames to send: quiet, the question, the room as recorded, quiet.
   source(answerS) {
-    const [recorded, end] = [[...this.frames], this.length + frames(answerS)];
-    const noise = () => Int16Array.from({ length: FRAME }, () => Math.round(6 * Math.random() - 3));
-    return (index) => (index < end ? (recorded[index] ?? noise()) : null);
+    const [recorded, begin] = [[...this.frames], frames(LEAD_IN_S)];
+    const end = begin + this.length + frames(answerS);
+    return (index) => (index < end ? (recorded[index - begin] ?? toPcm16(room(index))) : null);
   }
 }
 
@@ -112,21 +118,21 @@ export class Answer {
       if (!this.conversation.isBusy || Date.now() > deadline) throw problem;
       await new Promise((resolve) => setTimeout(resolve, 300));
     }
-    this.finish(question.durationS);
+    this.finish(question.askedS);
   }
 
   cancel() {
     this.conversation?.fail("Stopped.");
   }
 
-  finish(questionS) {
+  finish(askedS) {
     const { left, right, durationS } = this.conversation;
     if (!right.length) throw new Problem("The server gave no answer.");
     const [user, moshi] = [left, right].map((side) => fromPcm16(concat(side)));
     this.samples = moshi.map((x, i) => Math.max(-1, Math.min(1, x + 0.5 * user[i])));
     this.level = rms(moshi);
     this.seek.max = durationS;
-    this.showTime(Math.max(0, Math.min(questionS - 0.5, durationS)));
+    this.showTime(Math.max(0, Math.min(askedS - 0.5, durationS)));
     this.said.textContent ||= "(no words)";
     for (const control of [this.play, this.seek, this.save]) control.disabled = false;
   }

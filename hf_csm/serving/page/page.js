@@ -10,6 +10,8 @@ const BASE = "base"; // the voice without adapter
 const NEW_LINE_S = 1.5;
 const SUSPENDED = "The sound is suspended. Touch the page, or press a key, to go on.";
 const CONNECTED = "Connected. Speak at any time.";
+const CHOOSING_MS = 100; // arrow keys and sliders pass through what is not meant
+const COLOURED = "What was asked for before still colours what Moshi says. Stop and start again to be rid of it.";
 
 const $ = (id) => document.getElementById(id);
 const question = new Question();
@@ -23,6 +25,9 @@ let isComparing = false;
 let isChosen = false; // before, the server's own choice stands
 let current = null; // how Moshi speaks, in the server's words
 let pending = null; // what the server has yet to do of what was chosen
+let unsent = null; // what was chosen and not sent yet
+let sending = null; // the timer that sends it
+let wasTold = false; // Moshi was told an emotion in this conversation
 let wakeLock = null;
 
 // ---- token: from the fragment, which browsers do not send, or the field; kept for this tab ----
@@ -131,22 +136,42 @@ function steer(change) {
   isChosen ||= !("strength" in change);
   if (!live?.started) return;
   if (!("strength" in change)) pending = { ...pending, ...change }; // strength does not wait
-  live.steer(change);
+  unsent = { ...unsent, ...change };
+  clearTimeout(sending);
+  sending = setTimeout(send, CHOOSING_MS);
   showSteering();
 }
+
+function send(more = {}) {
+  clearTimeout(sending);
+  live?.steer({ ...unsent, ...more });
+  unsent = null;
+}
+
+const isTold = ({ voice, emotion }) => Boolean(emotion) && voiceNamed(voice)?.control === "prefix";
 
 function showSteering() {
   const now = current ? `Now: ${inWords(current)}.` : "";
   show("steering", pending ? `${now} At Moshi's next pause: ${inWords(pending)}.` : now);
   if (!pending && document.activeElement === $("now")) document.querySelector("[name=emotion]:checked").focus();
   $("now").hidden = !pending;
+  show("coloured", wasTold && current && !isTold(pending ?? current) ? COLOURED : "");
+}
+
+function forgetSteering() {
+  clearTimeout(sending);
+  current = pending = unsent = null;
+  wasTold = false;
 }
 
 function onSteering(message) {
   if (!current || inWords(message) !== inWords(current)) addLine("mark", inWords(message));
   current = message;
-  pending = message.pending;
-  chooseBoth(pending ?? current);
+  wasTold ||= isTold(message);
+  if (unsent?.voice === undefined) {
+    pending = message.pending;
+    chooseBoth(pending ?? current);
+  }
   showSteering();
 }
 
@@ -159,11 +184,10 @@ function onComplaint(text) {
 
 $("voices").onchange = chooseVoice;
 $("emotions").onchange = chooseEmotion;
-$("now").onclick = () => live?.steer({ ...pending, now: true });
+$("now").onclick = () => send({ ...pending, ...unsent, now: true });
 $("strength").oninput = () => {
   $("strength-value").textContent = Number($("strength").value).toFixed(2);
-  clearTimeout($("strength").timer);
-  $("strength").timer = setTimeout(() => steer({ strength: Number($("strength").value) }), 100);
+  steer({ strength: Number($("strength").value) });
 };
 
 // ---- talking ----
@@ -177,7 +201,7 @@ function talk() {
   $("transcript").replaceChildren();
   show("asked", "");
   question.clear();
-  current = pending = null;
+  forgetSteering();
   say("Connecting: your browser may ask for the microphone.");
   let silentS = 0;
   live = new Conversation({
@@ -210,7 +234,8 @@ function talk() {
     onEnd: (problem) => {
       if (live.durationS) last = live;
       say(live.started ? `Ended after ${clock(live.durationS)}.` : "Not connected.");
-      live = current = pending = null;
+      live = null;
+      forgetSteering();
       complain(problem);
       showSteering();
       for (const id of ["mic-level", "moshi-level"]) $(id).value = 0;
@@ -269,7 +294,7 @@ async function ask() {
     for (const [i, answer] of answers.entries()) {
       show("asked", `Asking ${"AB"[i]}.`);
       const onFrame = () => {
-        $("asking").value = (i + answer.conversation.durationS / (question.durationS + answerS)) / 2;
+        $("asking").value = (i + answer.conversation.durationS / (question.askedS + answerS)) / 2;
       };
       const steering = { ...query(answer.voice.value, answer.emotion.value || null), seed };
       await answer.ask({ question, answerS, query: steering, token: token(), onFrame });
