@@ -11,6 +11,7 @@ from hf_csm.data.hub import hub_errors
 from hf_csm.data.terms import licence_id
 from hf_csm.errors import UserError
 from hf_csm.export.hub import file_oid, oid_of
+from hf_csm.models.pull import split_name
 
 
 if TYPE_CHECKING:
@@ -75,16 +76,10 @@ def find_base(
             names = _same_on_hub(api, repo_id, names)
         elif merged:
             names.pop("moshi_name", None)
-        for repo in sorted({_split(name)[0] for name in names.values()}):
-            own = [_split(name)[1] for name in names.values() if _split(name)[0] == repo]
+        for repo in sorted({split_name(name)[0] for name in names.values()}):
+            own = [split_name(name)[1] for name in names.values() if split_name(name)[0] == repo]
             _check_served(api, repo, own, revision if repo == repo_id and not is_local else None)
     return HubBase(repo_id, None if is_local else revision, licence_id(card.license if card else None) or None, names)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Return repository and file of `hf://user/name/file`, as moshi reads it."""
-    user, repo, file = name.removeprefix(HUB).split("/", 2)
-    return f"{user}/{repo}", file
 
 
 def _same_on_hub(api: HfApi, repo_id: str, names: Mapping[str, str]) -> dict[str, str]:

@@ -267,7 +267,7 @@ def export_checkpoint(
     adapter = find_adapter(folder, str(checkpoint))
     control = read_emotion_control(folder)
     config, _ = read_adapter(adapter)
-    base = find_checkpoint(config.base_model_name_or_path or "", config.revision)
+    base = find_checkpoint(named_base(adapter, config), config.revision)
     with replaced_folder(out) as beside:
         if merged:
             merge_adapter(adapter, base, beside)
@@ -283,6 +283,21 @@ def export_checkpoint(
         base_model = None if base.is_local else base.name_or_path
         copy_run_files(folder, beside, corpora=corpora, base_model=base_model)
     return out
+
+
+def named_base(adapter: Path, config: peft.LoraConfig) -> str:
+    """Return the base model that the adapter's configuration names.
+
+    Raises:
+        UserError: it names none.
+    """
+    name = config.base_model_name_or_path
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG_NAME} does not say which base model was trained on.",
+            "Write its repository or folder there as base_model_name_or_path.",
+        )
+    return name
 
 
 def find_adapter(folder: Path, name: str) -> Path:

@@ -28,7 +28,7 @@ from hf_csm.export.emotions import read_emotion_control, write_emotion_control
 from hf_csm.export.hub import Target, check_may_write, log_in, open_repository, send_files
 from hf_csm.export.licences import LICENCE_FILE, base_terms, check_card_values, check_licences, with_stated
 from hf_csm.export.merge import WEIGHTS_NAME, merge_adapter
-from hf_csm.export.native import LORA_KEYS, LORA_NAME, PEFT_PREFIX, check_native_keys
+from hf_csm.export.native import LORA_KEYS, LORA_NAME, PEFT_PREFIX, check_native_keys, named_base
 from hf_csm.export.run_files import RUN_FILES, SAMPLES_NAME, copy_run_files, run_folder
 from hf_csm.models.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_adapter
 from hf_csm.models.moshi import CONSOLIDATED_NAME, find_checkpoint
@@ -143,22 +143,15 @@ def read_trained(checkpoint: Path) -> Trained:
     for adapter, native in ((folder / "adapter", folder / CONSOLIDATED_NAME), (folder, folder)):
         if (adapter / ADAPTER_CONFIG_NAME).is_file():
             config, _ = read_adapter(adapter)
-            return _known_base(Trained(folder, native, adapter, config.base_model_name_or_path or "", config.revision))
+            return Trained(folder, native, adapter, named_base(adapter, config), config.revision)
     if (folder / WEIGHTS_NAME).is_file() and (folder / EMOTIONS_NAME).is_file():
         control = read_emotion_control(folder)
-        return _known_base(Trained(folder, folder, None, control.base_model or "", control.base_revision))
+        if control.base_model:
+            return Trained(folder, folder, None, control.base_model, control.base_revision)
     raise UserError(
         f"{checkpoint} is neither a checkpoint of a run nor a folder that `hf-csm export` wrote.",
         "Give a folder such as checkpoints/run/best.",
     )
-
-
-def _known_base(trained: Trained) -> Trained:
-    if not trained.base:
-        raise UserError(
-            f"{trained.folder} does not say which base model it was trained on.", "Export it again with hf-csm."
-        )
-    return trained
 
 
 def _read_terms(run: Path) -> list[CorpusTerms]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from hf_csm.models.pull import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     EMOTIONS_NAME,
+    check_safe,
     fetch_file,
     find_folder,
+    split_name,
     weight_names,
 )
 
@@ -146,7 +149,8 @@ def _read_json(path: Path, name_or_path: str) -> dict[str, Any]:
 def _resolve(name: str, folder: Path, key: str, name_or_path: str, revisions: dict[str, str]) -> Path:
     """Return the file that `name` means in the config.json of `folder`, downloaded if it is on the Hub."""
     if name.startswith("hf://"):
-        repo_id, filename = "/".join(name[5:].split("/")[:2]), "/".join(name[5:].split("/")[2:])
+        repo_id, filename = split_name(name)
+        check_safe(key, name, name_or_path)
         problem = f"{name_or_path}/config.json names {name} ({key}), which cannot be had: "
         with hub_errors(problem):
             fetched = fetch_file(repo_id, filename, revisions.get(repo_id))
@@ -274,11 +278,11 @@ def load_moshi(
         lm = checkpoint.get_moshi(
             device=device, dtype=dtype, lm_kwargs_overrides={"gradient_checkpointing": gradient_checkpointing}
         )
-    except SafetensorError as error:
+    except (SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{checkpoint.moshi_weights} is damaged or cut short: {error}", "Copy or download it again."
         ) from error
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(
@@ -303,7 +307,7 @@ def load_mimi(checkpoint: loaders.CheckpointInfo, device: torch.device | str = "
     """Load Mimi with all the codebooks it has; `set_num_codebooks` leaves some out."""
     try:
         mimi = loaders.get_mimi(checkpoint.mimi_weights, checkpoint.mimi_config, device=device)
-    except SafetensorError as error:
+    except (SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{checkpoint.mimi_weights} is damaged or cut short: {error}", "Copy or download it again."
         ) from error

@@ -45,6 +45,8 @@ def find_folder(
         UserError: it is neither, may not be read, or is not whole in the cache and cannot be fetched.
     """
     name, folder = str(repo_or_folder), Path(repo_or_folder).expanduser()
+    if not name:
+        raise UserError("The name of a model is empty.", "Give a folder, or USER/NAME; an adapter names its base.")
     if folder.is_dir() and revision is None:
         return folder
     if folder.exists():
@@ -87,6 +89,33 @@ def fetch_file(repo_id: str, filename: str, revision: str | None = None) -> Path
         return None
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Return repository and file of `hf://user/name/file`.
+
+    Raises:
+        UserError: it is not such a name.
+    """
+    parts = name.removeprefix("hf://").split("/")
+    if len(parts) < 3 or {"", ".", ".."} & set(parts):
+        raise UserError(
+            f"A config.json names {name!r}, which is no file of a Hub repository.", "Write it as hf://USER/NAME/FILE."
+        )
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def check_safe(key: str, name: str, of_whom: str) -> None:
+    """Check that weights from the Hub are in safetensors: to read others can run what their author wrote into them.
+
+    Raises:
+        UserError: they are not.
+    """
+    if key in ("moshi_name", "mimi_name", "lora_name") and not name.endswith(".safetensors"):
+        raise UserError(
+            f"{of_whom}: config.json names {name} ({key}), which is not in safetensors.",
+            "Take weights in safetensors; others could run programs on this machine.",
+        )
+
+
 def weight_names(config: dict[str, str] | None) -> dict[str, str]:
     """Return the files that a config.json names, by its keys; None stands for the first repositories, without one."""
     return DEFAULT_NAMES | {key: config[key] for key in NAME_KEYS if config.get(key)} if config else DEFAULT_NAMES
@@ -104,7 +133,15 @@ def _fetch(repo_id: str, revision: str | None, weights: bool, also: Sequence[str
         if not weights:
             names = []
         elif CONFIG_NAME in present:
-            names = [name for name in weight_names(_read_names(folder / CONFIG_NAME)).values() if "://" not in name]
+            named = weight_names(_read_names(folder / CONFIG_NAME))
+            for key, name in named.items():
+                check_safe(key, name, repo_id)
+                if name.startswith("file://"):
+                    raise UserError(
+                        f"{repo_id}: config.json names {name}, a place on somebody's machine.",
+                        "Tell its owner, who may push again with --base-model USER/NAME.",
+                    )
+            names = [name for name in named.values() if "://" not in name]
         elif ADAPTER_CONFIG_NAME in present:
             names = [ADAPTER_WEIGHTS_NAME]
         else:

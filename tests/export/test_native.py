@@ -294,3 +294,11 @@ def test_what_has_no_adapter_is_refused_before_weights_are_fetched(hub, base_on_
     problem, remedy = capsys.readouterr().err.splitlines()
     assert "user/none: no such folder, and the Hub has no such repository" in problem and "spelling" in remedy
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("base", [None, 5, ""])
+def test_an_adapter_that_names_no_base_is_refused(run, tmp_path, base):
+    path = run / "checkpoint_000010" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.raises(UserError, match="does not say which base model"):
+        export_checkpoint(run / "best", tmp_path / "out")

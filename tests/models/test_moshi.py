@@ -262,7 +262,7 @@ def hub(tiny_moshi, tmp_path_factory):
             ("adapter", {"config.json": base | names | lora, "adapter_config.json": pinned}),
             ("merged", {"config.json": base | names | {"moshi_name": "model.safetensors"}, "emotions.json": emotions}),
             ("peft", {"adapter_config.json": pinned}),
-            ("nowhere", {"config.json": base | names | {"mimi_name": "hf://user/base/mimi.bin"}}),
+            ("nowhere", {"config.json": base | names | {"mimi_name": "hf://user/base/lost.safetensors"}}),
         ):
             for path, content in files.items():
                 (folder / path).write_text(json.dumps(content))
@@ -341,7 +341,9 @@ def test_an_adapter_without_moshis_files_is_refused_with_the_way_to_them(connect
 
 
 def test_a_file_that_another_repository_lacks_is_named(connected):
-    with pytest.raises(UserError, match=r"user/nowhere/config.json names hf://user/base/mimi.bin \(mimi_name\)"):
+    with pytest.raises(
+        UserError, match=r"user/nowhere/config.json names hf://user/base/lost.safetensors \(mimi_name\)"
+    ):
         find_checkpoint("user/nowhere")
 
 

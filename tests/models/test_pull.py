@@ -8,11 +8,15 @@ from huggingface_hub.utils import http_backoff, reset_sessions
 from moshi.models import loaders
 
 from hf_csm.errors import UserError
-from hf_csm.models.pull import fetch_file, find_folder
+from hf_csm.models.pull import fetch_file, find_folder, split_name
 from hf_csm.testing.hub import LocalHub
 
 
-ADAPTER = {"moshi_name": "hf://user/base/model.safetensors", "mimi_name": "hf://user/base/m", "lora_name": "l.bin"}
+ADAPTER = {
+    "moshi_name": "hf://user/base/model.safetensors",
+    "mimi_name": "hf://user/base/m.safetensors",
+    "lora_name": "l.safetensors",
+}
 LEGACY = (loaders.MOSHI_NAME, loaders.MIMI_NAME, loaders.TEXT_TOKENIZER_NAME)
 
 
@@ -30,17 +34,17 @@ def hub(tmp_path_factory):
         for name in ("adapter", "silent", "legacy", "peft", "private", "gated", "empty", "escape", "broken", "list"):
             api.create_repo(f"user/{name}", private=name == "private")
         names = ADAPTER | {"tokenizer_name": "tokenizer.model"}
-        files = {"config.json": names, "emotions.json": {}, "l.bin": "v1", "tokenizer.model": "-"}
+        files = {"config.json": names, "emotions.json": {}, "l.safetensors": "v1", "tokenizer.model": "-"}
         files |= {"adapter_config.json": {}, "adapter_model.safetensors": "-", "samples/x.wav": "-", "README.md": "-"}
         upload("user/adapter", files)
         api.create_tag("user/adapter", tag="v1")
-        upload("user/adapter", {"l.bin": "v2"})
-        upload("user/silent", {"config.json": names, "l.bin": "-", "tokenizer.model": "-"})
+        upload("user/adapter", {"l.safetensors": "v2"})
+        upload("user/silent", {"config.json": names, "l.safetensors": "-", "tokenizer.model": "-"})
         upload("user/legacy", dict.fromkeys((*LEGACY, "more.safetensors"), "-"))
         upload("user/peft", {"adapter_config.json": {}, "adapter_model.safetensors": "-", "optimizer.pt": "-"})
         upload("user/gated", {"config.json": names})
         upload("user/empty", {"README.md": "-"})
-        upload("user/escape", {"config.json": {"moshi_name": "../../../x"}})
+        upload("user/escape", {"config.json": {"moshi_name": "../../../x.safetensors"}})
         upload("user/broken", {"config.json": "{"})
         upload("user/list", {"config.json": "[]"})
         api.update_repo_settings("user/gated", gated="auto")
@@ -83,8 +87,8 @@ def test_a_folder_is_itself(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "also", "expected"),
     [
-        ("adapter", (), {"config.json", "emotions.json", "adapter_config.json", "l.bin", "tokenizer.model"}),
-        ("silent", ("corpora.json",), {"config.json", "l.bin", "tokenizer.model"}),
+        ("adapter", (), {"config.json", "emotions.json", "adapter_config.json", "l.safetensors", "tokenizer.model"}),
+        ("silent", ("corpora.json",), {"config.json", "l.safetensors", "tokenizer.model"}),
         ("legacy", (), set(LEGACY)),
         ("peft", (), {"adapter_config.json", "adapter_model.safetensors"}),
     ],
@@ -105,8 +109,8 @@ def test_weights_can_be_left_out(connected):
 
 def test_all_files_are_of_the_revision(connected):
     tagged, newest = find_folder("user/adapter", "v1"), find_folder("user/adapter")
-    assert ((tagged / "l.bin").read_text(), (newest / "l.bin").read_text()) == ("v1", "v2")
-    assert (find_folder("user/adapter", tagged.name) / "l.bin").read_text() == "v1"
+    assert ((tagged / "l.safetensors").read_text(), (newest / "l.safetensors").read_text()) == ("v1", "v2")
+    assert (find_folder("user/adapter", tagged.name) / "l.safetensors").read_text() == "v1"
 
 
 @pytest.mark.parametrize("name", ["adapter", "silent", "legacy", "peft"])
@@ -129,7 +133,7 @@ def test_the_second_time_costs_one_request(connected):
     assert len(connected.requests) == num_requests + 1
 
 
-@pytest.mark.parametrize("lost", ["l.bin", "emotions.json", "tokenizer.model", "config.json"])
+@pytest.mark.parametrize("lost", ["l.safetensors", "emotions.json", "tokenizer.model", "config.json"])
 def test_half_a_repository_in_the_cache_is_not_taken_for_the_whole(connected, offline, lost):
     found = find_folder("user/adapter")
     (found / lost).unlink()
@@ -155,7 +159,7 @@ def test_an_interrupted_download_goes_on(connected):
     with pytest.raises(UserError):
         find_folder("user/adapter")
     connected.recover()
-    assert names_in(find_folder("user/adapter")) >= {"l.bin", "emotions.json", "config.json"}
+    assert names_in(find_folder("user/adapter")) >= {"l.safetensors", "emotions.json", "config.json"}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_an_interrupted_download_goes_on(connected):
         ("user/gated", None, "is gated", "Accept its terms"),
         ("user/adapter", "v9", "no such revision", "branch, tag or commit"),
         ("user/empty", None, f"has no {loaders.MOSHI_NAME}, nor a config.json", "Moshi model or adapter"),
-        ("user/escape", None, "../../../x, which is outside of the repository", "owner"),
+        ("user/escape", None, "../../../x.safetensors, which is outside of the repository", "owner"),
         ("user/broken", None, "config.json is not JSON", "owner"),
         ("user/list", None, "config.json is not a JSON object", "owner"),
         ("user/ad apter", None, "not the name of a Hub repository", "USER/NAME"),
@@ -212,3 +216,30 @@ def test_a_file_that_is_not_there_is_none_and_stays_so_without_network(connected
     shutil.rmtree(constants.HF_HUB_CACHE)
     with pytest.raises(LocalEntryNotFoundError):  # nobody knows
         fetch_file("user/adapter", "none.bin", commit)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ({"moshi_name": "model.pt"}, r"model\.pt \(moshi_name\), which is not in safetensors"),
+        ({"mimi_name": "hf://user/base/mimi.bin"}, r"mimi\.bin \(mimi_name\), which is not in safetensors"),
+        ({"tokenizer_name": "file:///etc/passwd"}, "file:///etc/passwd, a place on somebody's machine"),
+    ],
+)
+def test_what_a_repository_may_not_name_is_refused(tmp_path, names, problem):
+    with LocalHub(tmp_path / "hub") as hub, hub.connected(tmp_path / "home"):
+        HfApi().create_repo("user/hostile")
+        upload("user/hostile", {"config.json": names})
+        with pytest.raises(UserError, match=problem):
+            find_folder("user/hostile")
+
+
+@pytest.mark.parametrize("name", ["hf://a", "hf://user/happy", "hf://user/happy/", "hf://user/happy/../x"])
+def test_a_name_of_no_file_on_the_hub_is_refused(name):
+    with pytest.raises(UserError, match="no file of a Hub repository"):
+        split_name(name)
+
+
+def test_no_name_is_no_folder():
+    with pytest.raises(UserError, match="name of a model is empty"):
+        find_folder("")
