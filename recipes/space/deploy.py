@@ -106,11 +106,21 @@ def _open_space(api: Any, repo_id: str, private: bool) -> list[str]:
     if private and not info.private:
         raise UserError(f"{repo_id}: exists and is public.", "Make it private in its settings, or name another one.")
     present = [sibling.rfilename for sibling in info.siblings]
-    if MARK not in present and set(present) - {".gitattributes", "README.md"}:
+    is_new = set(present) <= {".gitattributes", "README.md"} and _is_hubs_own(api, repo_id, present)
+    if MARK not in present and not is_new:
         raise UserError(
             f"{repo_id}: the Space exists and holds something else.", "Name another one; this one is left as it is."
         )
     return present
+
+
+def _is_hubs_own(api: Any, repo_id: str, present: Sequence[str]) -> bool:
+    """Say whether the page of a Space is what the Hub wrote as it was made, or missing."""
+    if "README.md" not in present:
+        return True
+    text = Path(api.hf_hub_download(repo_id, "README.md", repo_type="space")).read_text(encoding="utf-8")
+    body = text.split("---\n", 2)[-1].strip()
+    return not body or body.startswith("Check out the configuration reference at")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -157,6 +157,20 @@ def test_deploying_again_brings_it_up_to_date(deployed, hub):
     assert hub.repositories[f"spaces/{SPACE_ID}"].variables == {"HF_CSM_MODEL": MODEL_ID}
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_page_that_a_hand_has_written_is_left_alone(deployed, ours):
+    api = HfApi()
+    api.create_repo(f"user/page-{ours}", repo_type="space", space_sdk="static")
+    text = "Check out the configuration reference at https://huggingface.co" if ours else "# My page"
+    page = f"---\nsdk: static\n---\n\n{text}\n".encode()
+    api.upload_file(path_or_fileobj=page, path_in_repo="README.md", repo_id=f"user/page-{ours}", repo_type="space")
+    if ours:
+        deployed.deploy(f"user/page-{ours}", [MODEL_ID])
+    else:
+        with pytest.raises(UserError, match="holds something else"):
+            deployed.deploy(f"user/page-{ours}", [MODEL_ID])
+
+
 def test_a_space_of_something_else_is_left_alone(deployed):
     api = HfApi()
     api.create_repo("user/game", repo_type="space", space_sdk="static")
