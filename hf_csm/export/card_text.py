@@ -228,7 +228,9 @@ def _measures(facts: CardFacts) -> str:
 def _samples(facts: CardFacts) -> str:
     if not facts.samples:
         return ""
-    return "\n".join(["## Samples", "", "What it said:", "", *(f"- [{path}]({path})" for path in facts.samples)])
+    clips = [(path, path.rpartition("/")[2].startswith("base_")) for path in facts.samples]
+    lines = [f"- [{path}]({path}){', the base, for comparison' if is_base else ''}" for path, is_base in clips]
+    return "\n".join(["## Samples", "", "What was said after training:", "", *lines])
 
 
 def _use(facts: CardFacts) -> str:

@@ -161,7 +161,7 @@ def test_what_may_not_be_passed_on_is_refused_whatever_its_card_says(hub, tmp_pa
             "lost the licence or the notice",
             "again",
         ),
-        ({"in_card": "mine", "in_rows": "mine", "license": "free"}, "refuses the card", "values of the Hub"),
+        ({"in_card": "mine", "in_rows": "mine", "license": "free"}, "refuses the card", "Correct these values"),
     ],
 )
 def test_a_card_that_does_not_say_the_terms_is_refused(hub, tmp_path, card, problem, remedy):
