@@ -269,7 +269,7 @@ def test_an_adapter_on_the_hub_is_merged_as_its_checkpoint_is(run, base_on_hub, 
     )
     names = {path.name for path in local.iterdir()}
     assert names == {path.name for path in pulled.iterdir()} == {
-        "config.json", "corpora.json", "emotions.json", "model.safetensors"
+        "config.json", "config.yaml", "corpora.json", "emotions.json", "model.safetensors"
     }  # fmt: skip
     assert all((local / name).read_bytes() == (pulled / name).read_bytes() for name in names)
 

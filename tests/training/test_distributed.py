@@ -77,12 +77,14 @@ def test_two_processes_equal_one_with_twice_the_micro_batches(straight, run_conf
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_know_of_each_other_are_refused(run_options, tmp_path):
     """Without a GPU and without being told, Accelerate runs each process for itself, all on the same folder."""
     assert "2 processes were started, but Accelerate knows of 1" in run_two(run_options(), use_cpu="false", fails=True)
     assert not list((tmp_path / "run").glob("checkpoint_*"))
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_a_checkpoint(run_options, tmp_path):
     """SIGTERM to `accelerate launch` alone, as a scheduler may send it; the training process must not go on unseen."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=1"]

@@ -35,7 +35,7 @@ def microphone(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: playwright's event loop is in the way of the tests that have their own
 def browser(microphone):
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
