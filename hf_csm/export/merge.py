@@ -90,14 +90,9 @@ def export_merged(model: MoshiLM, checkpoint: MoshiCheckpoint, out: Path) -> Pat
         ExportError: what moshi loads from `out` is not the trained model.
     """
     with replaced_folder(out) as beside:
-        write_merged(model, checkpoint, beside)
+        _write(lora_config(model), adapter_state(model), checkpoint, beside)
+        verify_merged(beside, model, checkpoint)
     return out
-
-
-def write_merged(model: MoshiLM, checkpoint: MoshiCheckpoint, folder: Path) -> None:
-    """Do what `export_merged` does, in a folder that is there already."""
-    _write(lora_config(model), adapter_state(model), checkpoint, folder)
-    verify_merged(folder, model, checkpoint)
 
 
 def merge_adapter(adapter: Path, checkpoint: MoshiCheckpoint, folder: Path) -> None:

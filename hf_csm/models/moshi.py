@@ -333,3 +333,19 @@ def codec_sha256(checkpoint: loaders.CheckpointInfo) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Return the device of this name; by default a GPU if there is one.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason}", "Give cpu, or cuda with a GPU.") from error
+    return device

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi import load_mimi, load_moshi, load_tokenizer
+from hf_csm.models.moshi import choose_device, load_mimi, load_moshi, load_tokenizer
 from hf_csm.models.steering import add_adapters
 from hf_csm.models.streaming import Engine
 from hf_csm.serving.models import BASE, Models, Voice, find_models
@@ -162,22 +162,6 @@ def explain_failure(error: BaseException, base_name: str, num_slots: int) -> Use
     return UserError(
         f"The engine failed: {type(error).__name__}: {reason}", "Run the same command again; --debug shows where."
     )
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """Return the device of this name; by default a GPU if there is one.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used: {reason}", "Give cpu, or cuda with a GPU.") from error
-    return device
 
 
 def check_strength(strength: float) -> float:

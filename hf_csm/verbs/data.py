@@ -147,19 +147,14 @@ def _encode(options: argparse.Namespace) -> None:
     from hf_csm.data.encode import encode
     from hf_csm.data.hub import find_table
     from hf_csm.data.manifest import encode_manifest
-    from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_mimi
+    from hf_csm.models.moshi import choose_device, codec_sha256, find_checkpoint, load_mimi
 
     composition = _composition(options)
     if options.batch_sec is not None and not options.batch_sec > 0:
         raise UserError(f"--batch-sec is {options.batch_sec:g}.", "Give more than 0 seconds.")
     rank, world_size = launched_as()
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    device = options.device or (gpu if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device} cannot be used: {reason}", "Give cpu, or cuda with a GPU.") from error
+    device = choose_device(options.device or (gpu if torch.cuda.is_available() else "cpu"))
     is_manifest = options.prepared.endswith(".jsonl")
     if is_manifest and (options.label != "acted" or options.variants != 1):
         raise UserError(
