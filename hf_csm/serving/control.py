@@ -163,8 +163,7 @@ class Talk:
                 self._apply(wanted)
         else:
             self._pending = wanted if wanted != self._steering else None
-            if self._is_pause:
-                self._apply_pending()
+            self._apply_pending_in_pause()
         return [self._message()]
 
     def hear(self, frame: Frame) -> list[object]:
@@ -176,10 +175,7 @@ class Talk:
             self._num_padding += 1
         else:
             self._num_padding, self._has_spoken = 0, True
-        if self._pending is not None and self._is_pause:
-            self._apply_pending()
-            return [frame, self._message()]
-        return [frame]
+        return [frame, self._message()] if self._apply_pending_in_pause() else [frame]
 
     @property
     def _is_pause(self) -> bool:
@@ -201,9 +197,11 @@ class Talk:
                 voice = self._speaker.choose(emotion)
         return Steering(voice.name, emotion, wanted.strength if wish.strength is None else wish.strength)
 
-    def _apply_pending(self) -> None:
-        assert self._pending is not None
+    def _apply_pending_in_pause(self) -> bool:
+        if self._pending is None or not self._is_pause:
+            return False
         self._apply(self._pending)
+        return True
 
     def _apply(self, steering: Steering) -> None:
         self._steering, self._pending = steering, None

@@ -218,3 +218,55 @@ def test_what_cannot_be_followed_is_said_and_changes_nothing(talk, speaker, wish
     assert answer["type"] == "error"
     assert speaker.engine.calls == []
     assert talk.wish(Wish()) == [steering("moody", "happy", 1.0)]
+
+
+PAUSE = (PADDING,) * PAUSE_FRAMES
+STATES = {
+    "before the first frame": (),
+    "quiet, nothing said yet": PAUSE,
+    "forced text": (replace(WORD, is_told=True),),
+    "speaking": (WORD,),
+    "short gap": (WORD, PADDING),
+    "pause after speech": (WORD, *PAUSE),
+    "speaking, change pending": (WORD, Wish(emotion="sad", names_emotion=True)),
+    "pause after a pending change": (WORD, Wish(emotion="sad", names_emotion=True), *PAUSE),
+}
+MESSAGES = {
+    "empty": {},
+    "emotion": {"emotion": "sad"},
+    "the same emotion": {"emotion": "happy"},
+    "no emotion": {"emotion": None},
+    "emotion of another voice": {"emotion": "calm"},
+    "voice": {"voice": "calm"},
+    "the same voice": {"voice": "moody"},
+    "base": {"voice": "base"},
+    "strength": {"strength": 0.5},
+    "the same strength": {"strength": 1.0},
+    "emotion and strength": {"emotion": "sad", "strength": 0.0},
+    "everything": {"voice": "moody", "emotion": "sad", "strength": 2.0},
+}
+
+
+@pytest.mark.parametrize("now", [False, True])
+@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
+@pytest.mark.parametrize("events", STATES.values(), ids=STATES)
+def test_every_steering_message_is_answered_in_every_state(talk, speaker, events, message, now):
+    for event in events:
+        talk.wish(event) if isinstance(event, Wish) else talk.hear(event)
+    (answer,) = talk.wish(read_control(json.dumps({"type": "steer", "now": now, **message})))
+    assert answer["type"] == "steering"
+    wanted = answer["pending"] or answer
+    for key, value in message.items():
+        assert wanted[key] == value
+    if "strength" in message:
+        assert answer["strength"] == message["strength"]
+    if now or not any(event is WORD for event in events):
+        assert answer["pending"] is None
+    for _ in PAUSE:  # a pause later the change is in effect, and the engine was told so
+        talk.hear(PADDING)
+    settled = steering(wanted["voice"], wanted["emotion"], wanted["strength"])
+    assert talk.wish(Wish()) == [settled]
+    last = {"voice": "moody", "emotion": "happy", "strength": 1.0}
+    for kind, _, voice, *values in speaker.engine.calls:
+        last = {**last, "voice": voice, "strength": values[-1], **({"emotion": values[0]} if kind == "steer" else {})}
+    assert steering(**last) == settled
