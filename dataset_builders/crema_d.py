@@ -18,10 +18,10 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
-from hf_csm.data.archive import Member
-from hf_csm.data.corpus import CorpusBuilder
-from hf_csm.data.utterance import Skipped, Utterance
 from hf_csm.errors import UserError
+from hf_csm.prepare.archive import Member
+from hf_csm.prepare.builder import CorpusBuilder
+from hf_csm.prepare.utterance import Skipped, Utterance
 
 
 EMOTIONS = {"ANG": "angry", "DIS": "disgust", "FEA": "fearful", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}

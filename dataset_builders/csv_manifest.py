@@ -22,14 +22,14 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_csm.data.archive import Member
-from hf_csm.data.corpus import CorpusBuilder, CorpusConfig, all_builders
-from hf_csm.data.download import RemoteArchive
-from hf_csm.data.label_table import read_rows
 from hf_csm.data.labels import EMOTIONS, INTENSITIES
 from hf_csm.data.text import normalise_text
-from hf_csm.data.utterance import Skipped, Utterance
 from hf_csm.errors import UserError
+from hf_csm.prepare.archive import Member
+from hf_csm.prepare.builder import CorpusBuilder, CorpusConfig
+from hf_csm.prepare.download import RemoteArchive
+from hf_csm.prepare.tabular import read_rows
+from hf_csm.prepare.utterance import Skipped, Utterance
 
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -80,7 +80,7 @@ class CsvManifestConfig(CorpusConfig):
         super().__post_init__()
         name = self.corpus_name or (find_table(self.sources).stem if self.sources else CsvManifest.NAME)
         self.corpus_name = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-")
-        is_taken = self.corpus_name in {builder.NAME for builder in all_builders()}
+        is_taken = self.corpus_name in {builder.NAME for builder in CorpusBuilder.__subclasses__()}
         if self.sources and (is_taken or not self.corpus_name):
             why = "is the name of a built-in corpus" if is_taken else "has no letter or digit of a to z, 0 to 9"
             raise UserError(f"{name!r} {why}.", "Give another name with corpus_name.")

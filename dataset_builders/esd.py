@@ -20,10 +20,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_csm.data.archive import Member
-from hf_csm.data.corpus import CorpusBuilder, CorpusConfig
-from hf_csm.data.utterance import Skipped, Utterance
 from hf_csm.errors import UserError
+from hf_csm.prepare.archive import Member
+from hf_csm.prepare.builder import CorpusBuilder, CorpusConfig
+from hf_csm.prepare.utterance import Skipped, Utterance
 
 
 FILE_NAME = re.compile(r"(?P<speaker>00(?:0[1-9]|1\d|20))_(?P<number>\d{6})\.(?:wav|WAV)")

@@ -21,13 +21,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from hf_csm.data.archive import Member
-from hf_csm.data.corpus import CorpusBuilder, CorpusConfig
-from hf_csm.data.label_table import read_rows, read_text
 from hf_csm.data.text import normalise_text, split_words
-from hf_csm.data.textgrid import UNKNOWN_WORD, TimedWord, place_words, read_words
-from hf_csm.data.utterance import Skipped, Tally, Utterance
 from hf_csm.errors import UserError
+from hf_csm.prepare.archive import Member
+from hf_csm.prepare.builder import CorpusBuilder, CorpusConfig
+from hf_csm.prepare.tabular import read_rows, read_text
+from hf_csm.prepare.textgrid import UNKNOWN_WORD, TimedWord, place_words, read_words
+from hf_csm.prepare.utterance import Skipped, Tally, Utterance
 
 
 FILE_NAME = re.compile(r"MSP-PODCAST_(?:\d{4}_\d{4}(?:_\d{4})?|test3_\d{4})\.(?:wav|WAV)")

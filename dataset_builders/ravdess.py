@@ -16,11 +16,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_csm.data.archive import Member
-from hf_csm.data.corpus import CorpusBuilder, CorpusConfig
-from hf_csm.data.download import RemoteArchive
-from hf_csm.data.utterance import Skipped, Utterance
 from hf_csm.errors import UserError
+from hf_csm.prepare.archive import Member
+from hf_csm.prepare.builder import CorpusBuilder, CorpusConfig
+from hf_csm.prepare.download import RemoteArchive
+from hf_csm.prepare.utterance import Skipped, Utterance
 
 
 ARCHIVES = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from hf_csm.data.corpus import load_corpus
+    from hf_csm.corpora import load_corpus
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_corpus"]
@@ -15,7 +15,7 @@ __all__ = ["__version__", "load_corpus"]
 def __getattr__(name: str) -> Any:
     # `datasets` takes seconds to import, and `hf-csm --help` must answer at once.
     if name == "load_corpus":
-        from hf_csm.data.corpus import load_corpus
+        from hf_csm.corpora import load_corpus
 
         return load_corpus
     raise AttributeError(f"module 'hf_csm' has no attribute {name!r}")

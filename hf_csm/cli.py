@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_csm import __version__
+from hf_csm.commands.data import add_data_verbs
+from hf_csm.commands.model import add_model_verbs
 from hf_csm.errors import UserError
-from hf_csm.verbs.data import add_data_verbs
-from hf_csm.verbs.model import add_model_verbs
 
 
 GO_ON = "Run the same command again to go on; training also needs --resume-from-checkpoint latest."

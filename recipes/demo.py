@@ -84,8 +84,8 @@ def run(*command: str) -> None:
 
 def synthesize() -> None:
     """Write the tiny Moshi and the zip that stands for the one of RAVDESS."""
+    from hf_csm.models.moshi.tiny import write_tiny_moshi
     from hf_csm.testing.ravdess import write_ravdess
-    from hf_csm.testing.tiny_moshi import write_tiny_moshi
 
     write_tiny_moshi(DEMO / "base")
     write_ravdess(DEMO / "raw", actors=ACTORS, intensities=(1,), repetitions=(1,))
@@ -183,7 +183,7 @@ def newest_checkpoint() -> Path:
 
 def write_report(seconds: dict[str, float], total_s: float) -> None:
     """Write demo/report.md with the loss curve and print its tables."""
-    from hf_csm.evaluation.report import plot_losses
+    from hf_csm.training.plots import plot_losses
 
     lines = metrics()
     plot_losses(lines, DEMO / "loss.png", "The tiny Moshi on synthetic RAVDESS")

@@ -65,9 +65,9 @@ def generate_samples(
     import torch
 
     from hf_csm.evaluation.generate import generate
-    from hf_csm.export.emotions import read_emotion_control
-    from hf_csm.models.moshi import find_checkpoint, load_mimi, load_tokenizer
-    from hf_csm.models.pull import find_folder
+    from hf_csm.models.emotion_control import read_emotion_control
+    from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi, load_tokenizer
+    from hf_csm.models.moshi.pull import find_folder
     from hf_csm.units import SAMPLE_RATE, seconds_to_frames
 
     control = read_emotion_control(find_folder(model, revision))

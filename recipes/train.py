@@ -22,8 +22,8 @@ def main(argv: list[str]) -> None:
     config = parse_run_config(argv)
 
     # `--help` and a misspelt option answer at once: the heavy imports come after.
-    from hf_csm.export.native import consolidate
-    from hf_csm.export.push_run import check_push, push_run
+    from hf_csm.models.moshi.export import consolidate
+    from hf_csm.publish.push_run import check_push, push_run
     from hf_csm.training.loop import train
 
     is_main = int(os.environ.get("RANK", 0)) == 0

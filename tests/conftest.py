@@ -13,7 +13,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from hf_csm.testing.tiny_moshi import write_tiny_moshi  # noqa: E402
+from hf_csm.models.moshi.tiny import write_tiny_moshi  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -28,7 +28,7 @@ def tiny_moshi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared RAVDESS: two speakers to train, two to validate, one to test; four emotions. Do not write."""
-    from hf_csm.data.prepare import prepare
+    from hf_csm.prepare.run import prepare
     from hf_csm.testing.ravdess import write_ravdess
 
     folder = tmp_path_factory.mktemp("corpus")
@@ -49,9 +49,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def codes(tiny_moshi: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared RAVDESS encoded with the tiny Mimi in windows of up to 12 s. Do not write."""
-    from hf_csm.data.conversation import Composition
-    from hf_csm.data.encode import encode
-    from hf_csm.models.moshi import codec_sha256, find_checkpoint, load_mimi
+    from hf_csm.encode.compose import Composition
+    from hf_csm.encode.run import encode
+    from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_mimi
 
     base = find_checkpoint(str(tiny_moshi))
     out = tmp_path_factory.mktemp("codes") / "ravdess"

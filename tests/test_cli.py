@@ -5,10 +5,10 @@ import sys
 import pytest
 
 from hf_csm.cli import explain, main, run_command
+from hf_csm.commands.data import corpus_options, launched_as
 from hf_csm.errors import UserError
-from hf_csm.testing.crema_d import write_crema_d
 from hf_csm.testing.ravdess import write_ravdess
-from hf_csm.verbs.data import corpus_options, launched_as
+from tests.doubles.crema_d import write_crema_d
 
 
 def error_lines(capsys):

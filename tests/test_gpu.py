@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_csm.data.codec import encode_waveforms
-from hf_csm.export.native import consolidate, export_native
-from hf_csm.models.lora import adapter_parameters, add_lora
-from hf_csm.models.moshi import find_checkpoint, load_mimi, load_moshi
-from hf_csm.models.steering import Adapter, add_adapters
-from hf_csm.models.streaming import Engine
+from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi
+from hf_csm.models.moshi.codec import encode_waveforms
+from hf_csm.models.moshi.engine import Engine
+from hf_csm.models.moshi.export import consolidate, export_native
+from hf_csm.models.moshi.lora import adapter_parameters, add_lora
+from hf_csm.models.moshi.model import load_moshi
+from hf_csm.models.moshi.runtime_lora import Adapter, add_adapters
 from hf_csm.training.loop import train
 from hf_csm.training.metrics_log import read_metrics
 from hf_csm.units import SAMPLES_PER_FRAME

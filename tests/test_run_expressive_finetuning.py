@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_csm.testing.crema_d import write_crema_d
 from hf_csm.testing.ravdess import write_ravdess
+from tests.doubles.crema_d import write_crema_d
 
 
 SCRIPT = Path(__file__).parent.parent / "recipes" / "run_expressive_finetuning.sh"

@@ -1,1 +1,1 @@
-"""From raw corpora to batches: rows, conversations, codes, mixture, layout."""
+"""What all stages share: row schemas, labels, audio, text, and the table."""

@@ -45,7 +45,7 @@ UTTERANCE_FEATURES = Features(
 )
 """One clip of one speaker. Times are seconds from its first sample; null where the corpus does not say.
 
-The last five are there after `prepare --prosody`, null otherwise; `hf_csm.data.prosody` says how they are measured.
+The last five are there after `prepare --prosody`, null otherwise; `hf_csm.prepare.prosody` says how they are measured.
 `sentence_id` is shared by all clips of a sentence that is kept in one split.
 """
 

@@ -1,1 +1,1 @@
-"""Free-running generation and, later, the measures of expressivity."""
+"""Free-running generation and measures of expressivity."""

@@ -1,1 +1,1 @@
-"""Model families behind one contract: codes in, negative log likelihood per token out."""
+"""Model families behind one record: see `family`."""

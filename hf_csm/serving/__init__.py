@@ -1,1 +1,1 @@
-"""Conversations over the network, and offline, with Moshi and its adapters."""
+"""Server, web page and offline speech."""

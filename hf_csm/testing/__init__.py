@@ -1,1 +1,1 @@
-"""Small models and miniature corpora in the true layouts, so that you can test without weights or downloads."""
+"""Tiny checkpoints and synthetic corpora for users' own tests."""

@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: loss, optimizer, checkpoints."""
+"""The training loop, its loss, optimizer and checkpoints."""

@@ -18,8 +18,9 @@ import torch
 
 from hf_csm.config import RunConfig
 from hf_csm.errors import UserError
-from hf_csm.models.lora import save_adapter
-from hf_csm.models.moshi import MoshiCheckpoint, MoshiLM
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint
+from hf_csm.models.moshi.lora import save_adapter
+from hf_csm.models.moshi.model import MoshiLM
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 CHECKPOINT_NAME = re.compile(r"^checkpoint_(\d{6,})$")
 
 Consolidate = Callable[[MoshiLM, MoshiCheckpoint, Path], object]
-"""Writes the files that moshi's server loads: (model, base, folder). `hf_csm.export.native` has it."""
+"""Writes the files that moshi's server loads: (model, base, folder). `hf_csm.models.moshi.export` has it."""
 
 
 @dataclass

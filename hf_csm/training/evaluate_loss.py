@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_csm.config import LossConfig
-from hf_csm.data.collate import Batch
-from hf_csm.models.moshi import MoshiLM
+from hf_csm.mixture.collate import Batch
+from hf_csm.models.moshi.model import MoshiLM
 from hf_csm.training.loss import STREAMS, stream_masks, stream_sums, token_weights, weighted_sum
 
 

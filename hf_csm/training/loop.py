@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from hf_csm.config import RunConfig
 from hf_csm.config_parser import dump_run_config
-from hf_csm.data.collate import Batch, collate
-from hf_csm.data.describe import describe_mixture
-from hf_csm.data.mixture import MixtureLoader, lay_out_row, validation_batches
-from hf_csm.data.terms import corpora_of, count_windows, with_earlier, write_corpora
-from hf_csm.data.windows import held_out_table, training_table
 from hf_csm.errors import UserError
-from hf_csm.models.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter
-from hf_csm.models.moshi import MoshiLM, codec_sha256, find_checkpoint, load_moshi, load_tokenizer
+from hf_csm.mixture.collate import Batch, collate
+from hf_csm.mixture.loader import MixtureLoader, lay_out_row, validation_batches
+from hf_csm.mixture.provenance import corpora_of, count_windows, with_earlier, write_corpora
+from hf_csm.mixture.report import describe_mixture
+from hf_csm.mixture.windows import held_out_table, training_table
+from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_tokenizer
+from hf_csm.models.moshi.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter
+from hf_csm.models.moshi.model import MoshiLM, load_moshi
 from hf_csm.training.checkpoint import (
     Consolidate,
     Progress,

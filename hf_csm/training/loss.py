@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from hf_csm.config import LossConfig
-from hf_csm.data.collate import Batch
-from hf_csm.data.layout import NO_TOKEN, Layout
-from hf_csm.models.base import TokenNLL
+from hf_csm.mixture.collate import Batch
+from hf_csm.models.family import NO_TOKEN, Layout, TokenNLL
 
 
 STREAMS = ("text_words", "text_padding", "codebook_0", "codebooks_rest")

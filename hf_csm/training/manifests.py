@@ -7,10 +7,10 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from hf_csm.config import DatasetConfig, RunConfig
-from hf_csm.data.conversation import Composition
-from hf_csm.data.manifest import encode_manifest
-from hf_csm.data.windows import is_manifest, manifest_table, with_tables
-from hf_csm.models.moshi import MoshiCheckpoint, codec_sha256, load_mimi
+from hf_csm.encode.compose import Composition
+from hf_csm.encode.dialogues import encode_manifest
+from hf_csm.mixture.windows import is_manifest, manifest_table, with_tables
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, codec_sha256, load_mimi
 
 
 def encode_manifests(config: RunConfig, base: MoshiCheckpoint, accelerator: Accelerator) -> DatasetConfig:

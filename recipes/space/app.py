@@ -28,8 +28,8 @@ from hf_csm.errors import UserError
 if TYPE_CHECKING:
     import gradio
 
-    from hf_csm.serving.offline import Speech
-    from hf_csm.serving.voices import Speaker
+    from hf_csm.serving.loaded import Speaker
+    from hf_csm.serving.speech import Speech
 
 EXAMPLES = ("Hello, how are you doing today?", "What would you do with a free afternoon?", "I lost my keys again!")
 """Questions that the base asks of itself, so that one can try it without a microphone."""
@@ -77,7 +77,7 @@ class Stage:
 
     def ask(self, emotion: str | None, path: str | None, strength: float, seed: float) -> Iterator[Speech]:
         """Yield the adapter's answer to a recording, then the base's."""
-        from hf_csm.serving.offline import read_question
+        from hf_csm.serving.speech import read_question
         from hf_csm.units import SAMPLE_RATE
 
         if not path:
@@ -113,7 +113,7 @@ class Stage:
         return self._speak(kind, content, voice=self.speaker.voices[-1].name, seed=seed)
 
     def _speak(self, kind: str, content: str | bytes, **how: Any) -> Speech:
-        from hf_csm.serving.offline import reply, say
+        from hf_csm.serving.speech import reply, say
 
         if isinstance(content, str):
             return self._worker.submit(say, self.speaker, content, **how).result()
@@ -134,7 +134,7 @@ def _seconds(value: str) -> float:
 def _load(names: list[str], revision: str | None, device: str | None) -> Speaker:
     import torch
 
-    from hf_csm.serving.voices import load_speaker
+    from hf_csm.serving.loaded import load_speaker
 
     if device is None and not torch.cuda.is_available():
         raise UserError(

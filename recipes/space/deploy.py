@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from hf_csm.cli import run_command
-from hf_csm.data.hub import hub_errors
 from hf_csm.errors import UserError
+from hf_csm.hub import hub_errors
 
 
 SPACE = Path(__file__).parent

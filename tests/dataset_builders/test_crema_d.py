@@ -7,12 +7,12 @@ import pytest
 
 import hf_csm
 from dataset_builders.crema_d import FILE_NAME, HELD_OUT, SENTENCES
-from hf_csm.data.corpus import make_builder
-from hf_csm.data.prepare import prepare
+from hf_csm.corpora import make_builder
 from hf_csm.data.schema import UTTERANCE_FEATURES
-from hf_csm.data.utterance import Tally
 from hf_csm.errors import UserError
-from hf_csm.testing.crema_d import (
+from hf_csm.prepare.run import prepare
+from hf_csm.prepare.utterance import Tally
+from tests.doubles.crema_d import (
     clip_bytes,
     clip_names,
     demographics_csv,

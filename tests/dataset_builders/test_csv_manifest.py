@@ -5,9 +5,9 @@ import pytest
 import soundfile
 
 from dataset_builders.csv_manifest import split_speakers
-from hf_csm.data.corpus import make_builder
-from hf_csm.data.utterance import Tally
+from hf_csm.corpora import make_builder
 from hf_csm.errors import UserError
+from hf_csm.prepare.utterance import Tally
 
 
 ROWS = [

@@ -6,11 +6,11 @@ import pytest
 
 import hf_csm
 from dataset_builders.esd import FILE_NAME
-from hf_csm.data.corpus import make_builder
-from hf_csm.data.prepare import prepare
+from hf_csm.corpora import make_builder
 from hf_csm.data.schema import UTTERANCE_FEATURES
 from hf_csm.errors import UserError
-from hf_csm.testing.esd import (
+from hf_csm.prepare.run import prepare
+from tests.doubles.esd import (
     OLD_ENCODINGS,
     SHORTENED,
     SPACED,

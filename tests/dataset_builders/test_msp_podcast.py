@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 
-from hf_csm.data.corpus import make_builder
+from hf_csm.corpora import make_builder
 from hf_csm.data.schema import UTTERANCE_FEATURES
-from hf_csm.data.utterance import Tally
 from hf_csm.errors import UserError
-from hf_csm.testing.msp_podcast import CROSSING, STEREO, UNKNOWN_WORD, plan_clips, text_grid, write_msp_podcast
+from hf_csm.prepare.utterance import Tally
+from tests.doubles.msp_podcast import CROSSING, STEREO, UNKNOWN_WORD, plan_clips, text_grid, write_msp_podcast
 
 
 HEADER = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"

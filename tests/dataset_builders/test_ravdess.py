@@ -6,11 +6,11 @@ import pytest
 
 import hf_csm
 from dataset_builders.ravdess import ARCHIVES, FILE_NAME
-from hf_csm.data.corpus import make_builder
-from hf_csm.data.download import RemoteArchive
+from hf_csm.corpora import make_builder
 from hf_csm.data.schema import UTTERANCE_FEATURES
-from hf_csm.data.utterance import Tally
 from hf_csm.errors import UserError
+from hf_csm.prepare.download import RemoteArchive
+from hf_csm.prepare.utterance import Tally
 from hf_csm.testing.ravdess import DUPLICATE, clip_bytes, clip_names, write_ravdess
 
 
@@ -157,7 +157,7 @@ def test_without_a_source_the_published_zips_are_fetched_and_read(tmp_path, monk
         asked.append(archive)
         return raw / archive.url.rpartition("/")[2].partition("?")[0]
 
-    monkeypatch.setattr("hf_csm.data.corpus.download", fake_download)
+    monkeypatch.setattr("hf_csm.prepare.builder.download", fake_download)
     assert len(listing(None)[0]) == 4
     assert asked == list(ARCHIVES.values())
     assert all(len(archive.md5) == 32 and archive.num_bytes for archive in asked)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from hf_csm.evaluation.generate import generate
-from hf_csm.models.lora import adapter_parameters, add_lora, merged
-from hf_csm.models.moshi import MoshiLM, find_checkpoint, load_mimi, load_moshi
+from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi
+from hf_csm.models.moshi.lora import adapter_parameters, add_lora, merged
+from hf_csm.models.moshi.model import MoshiLM, load_moshi
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 

@@ -7,10 +7,12 @@ import soundfile
 import torch
 
 from hf_csm.errors import UserError
-from hf_csm.export.emotions import EmotionControl, write_emotion_control
-from hf_csm.export.native import export_checkpoint, export_native
-from hf_csm.models.lora import adapter_parameters, add_lora, save_adapter
-from hf_csm.models.moshi import find_checkpoint, load_moshi
+from hf_csm.models.emotion_control import EmotionControl, write_emotion_control
+from hf_csm.models.moshi.checkpoint import find_checkpoint
+from hf_csm.models.moshi.export import export_native
+from hf_csm.models.moshi.lora import adapter_parameters, add_lora, save_adapter
+from hf_csm.models.moshi.model import load_moshi
+from hf_csm.publish.export import export_checkpoint
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))

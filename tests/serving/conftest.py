@@ -3,10 +3,11 @@ import shutil
 import pytest
 import torch
 
-from hf_csm.export.emotions import EmotionControl, write_emotion_control
-from hf_csm.export.native import export_native
-from hf_csm.models.lora import adapter_parameters, add_lora
-from hf_csm.models.moshi import find_checkpoint, load_moshi
+from hf_csm.models.emotion_control import EmotionControl, write_emotion_control
+from hf_csm.models.moshi.checkpoint import find_checkpoint
+from hf_csm.models.moshi.export import export_native
+from hf_csm.models.moshi.lora import adapter_parameters, add_lora
+from hf_csm.models.moshi.model import load_moshi
 
 
 def _write_adapter(base_folder, out, control, *, seed=0, rank=4, std=0.2):

@@ -17,9 +17,9 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_csm.errors import UserError
-from hf_csm.serving import offline
-from hf_csm.testing.hub import LocalHub
+from hf_csm.serving import speech as offline
 from hf_csm.units import SAMPLE_RATE
+from tests.doubles.hub import LocalHub
 
 
 SPACE = Path(__file__).parents[2] / "recipes" / "space"
@@ -145,7 +145,7 @@ def test_a_space_is_made_and_knows_its_model(deployed, hub):
     assert info.card_data["models"] == [MODEL_ID, "kyutai/tiny"]
     assert info.card_data["app_file"] == "app.py"
     names = {sibling.rfilename for sibling in info.siblings}
-    assert {"app.py", "requirements.txt", "hf_csm/serving/offline.py", "dataset_builders/ravdess.py"} <= names
+    assert {"app.py", "requirements.txt", "hf_csm/serving/speech.py", "dataset_builders/ravdess.py"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith(("tests", "recipes"))]
     assert hub.repositories[f"spaces/{SPACE_ID}"].variables == {"HF_CSM_MODEL": MODEL_ID, "HF_CSM_REVISION": "main"}
 
@@ -231,7 +231,7 @@ from gradio_client import Client, handle_file
 import hf_csm, dataset_builders
 for package in (hf_csm, dataset_builders):
     assert os.path.realpath(list(package.__path__)[0]).startswith(os.path.realpath(os.getcwd())), package
-from hf_csm.serving import offline
+from hf_csm.serving import speech as offline
 offline.MAX_FADING_S = 0.24
 page = app.build_app()
 with socket.socket() as free:

@@ -3,8 +3,8 @@ import shutil
 import numpy as np
 from datasets import load_dataset
 
-from hf_csm.data.hub import is_whole
 from hf_csm.data.table import read_card_metadata
+from hf_csm.hub import is_whole
 from hf_csm.testing.codes import RandomWindow, restate_sizes, write_random_codes
 
 

@@ -65,7 +65,7 @@ def test_two_processes_resume_bit_for_bit(straight, run_options, tmp_path):
 
 
 def test_two_processes_equal_one_with_twice_the_micro_batches(straight, run_config, tmp_path):
-    from hf_csm.export.native import consolidate
+    from hf_csm.models.moshi.export import consolidate
     from hf_csm.training.loop import train
 
     train(

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from hf_csm.config_parser import parse_run_config
 from hf_csm.errors import UserError
-from hf_csm.export.native import consolidate
-from hf_csm.models.moshi import MoshiLM
+from hf_csm.models.moshi.export import consolidate
+from hf_csm.models.moshi.model import MoshiLM
 from hf_csm.training import loop
 from hf_csm.training.checkpoint import list_checkpoints
 from hf_csm.training.loop import train
@@ -235,13 +235,14 @@ def test_accumulated_micro_batches_equal_one_batch(straight, run_config, monkeyp
         checkpoints.append(train(config, consolidate))
         traces.append(list(losses(straight.parent / f"pieces{pieces}").values()))
     assert traces[0] == pytest.approx(traces[1], rel=1e-5)
-    assert_same_weights(*checkpoints, rtol=1e-3, atol=1e-5)
+    # Adam divides by the size of the gradient: where that is near 0, rounding moves a weight visibly. lr is 3e-3.
+    assert_same_weights(*checkpoints, rtol=1e-3, atol=2e-4)
 
 
 def fixed_batches(pieces):
     """A loader of the same eight ragged windows in every step, cut in `pieces` micro-batches."""
-    from hf_csm.data.collate import collate
-    from hf_csm.data.mixture import MixtureLoader
+    from hf_csm.mixture.collate import collate
+    from hf_csm.mixture.loader import MixtureLoader
 
     class FixedLoader(MixtureLoader):
         def batches(self, start=0):

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from hf_csm.config import LossConfig
-from hf_csm.data.collate import Batch
-from hf_csm.data.layout import NO_TOKEN, Layout
-from hf_csm.models.base import TokenNLL
+from hf_csm.mixture.collate import Batch
+from hf_csm.models.family import NO_TOKEN, Layout, TokenNLL
 from hf_csm.training.loss import STREAMS, stream_masks, stream_sums, token_weights, weighted_sum
 
 

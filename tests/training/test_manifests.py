@@ -6,11 +6,11 @@ import soundfile
 from accelerate import Accelerator
 
 from hf_csm.config import DatasetConfig, Replay, RunConfig, Source
-from hf_csm.data import encode
 from hf_csm.data.table import split_files
+from hf_csm.encode import run as encode
 from hf_csm.errors import UserError
-from hf_csm.export.native import consolidate
-from hf_csm.models.moshi import find_checkpoint
+from hf_csm.models.moshi.checkpoint import find_checkpoint
+from hf_csm.models.moshi.export import consolidate
 from hf_csm.training.loop import train
 from hf_csm.training.manifests import encode_manifests
 

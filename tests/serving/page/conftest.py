@@ -13,10 +13,10 @@ import pytest
 import soundfile
 from playwright.sync_api import expect, sync_playwright
 
-from hf_csm.serving.server import Server
-from hf_csm.serving.voices import load_speaker
-from hf_csm.testing.server import ServerProcess
+from hf_csm.serving.loaded import load_speaker
+from hf_csm.serving.server.app import Server
 from hf_csm.units import SAMPLE_RATE
+from tests.doubles.server import ServerProcess
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -11,12 +11,12 @@ import aiohttp
 import numpy as np
 import pytest
 
-from hf_csm.export.emotions import EmotionControl
-from hf_csm.models.streaming import Frame
-from hf_csm.serving.limits import Limits
-from hf_csm.serving.models import Models, Voice
-from hf_csm.serving.serve import bind
-from hf_csm.serving.server import Server
+from hf_csm.models.emotion_control import EmotionControl
+from hf_csm.models.moshi.engine import Frame
+from hf_csm.serving.resolve import Models, Voice
+from hf_csm.serving.server.app import Server
+from hf_csm.serving.server.limits import Limits
+from hf_csm.serving.server.run import bind
 from hf_csm.units import SAMPLES_PER_FRAME
 
 

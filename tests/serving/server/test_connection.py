@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from aiohttp import WSMsgType, web
 
-from hf_csm.serving.limits import Limits
+from hf_csm.serving.server.limits import Limits
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 

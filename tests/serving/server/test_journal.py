@@ -1,6 +1,6 @@
 import logging
 
-from hf_csm.serving.journal import write
+from hf_csm.serving.server.journal import write
 
 
 def test_an_event_is_one_line_whatever_its_fields_hold(caplog):

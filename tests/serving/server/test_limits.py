@@ -1,4 +1,4 @@
-from hf_csm.serving.limits import LONGEST_REASON, TokenBucket, close_reason
+from hf_csm.serving.server.limits import LONGEST_REASON, TokenBucket, close_reason
 
 
 def test_a_bucket_lets_a_burst_through_and_then_its_rate():

@@ -1,4 +1,4 @@
-from hf_csm.serving.metrics import Metrics
+from hf_csm.serving.server.metrics import Metrics
 
 
 def test_everything_counted_is_in_prometheus_format():

@@ -4,9 +4,9 @@ import threading
 import numpy as np
 import pytest
 
-from hf_csm.serving import scheduler as scheduler_module
-from hf_csm.serving.metrics import Metrics
-from hf_csm.serving.scheduler import Scheduler
+from hf_csm.serving.server import scheduler as scheduler_module
+from hf_csm.serving.server.metrics import Metrics
+from hf_csm.serving.server.scheduler import Scheduler
 
 
 FRAME = np.zeros(1920, dtype=np.float32)

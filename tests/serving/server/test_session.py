@@ -8,7 +8,7 @@ import pytest
 import sphn
 from aiohttp import WSMsgType
 
-from hf_csm.serving.limits import Limits
+from hf_csm.serving.server.limits import Limits
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 

@@ -1,0 +1,228 @@
+"""The verbs that make and show data: prepare, encode, describe, export-manifest, push-dataset."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_csm.errors import UserError
+
+
+ALREADY_THERE = "{out} is already there, from the same input and options: nothing to do."
+SHARED_OPTIONS = ("corpus", "raw", "out", "num_workers", "align_model", "prosody", "overwrite", "progress", "name")
+"""Names that no corpus can use for an option of its own."""
+CORPUS_OPTIONS = """options of a corpus, after those above:
+  ravdess       --subsets speech song
+  esd           --languages en zh
+  msp_podcast   --test-sets Test1 Test2 Test3   --keep-unknown-speakers   --allow-missing-text
+  csv_manifest  --corpus-name NAME   --license LICENCE"""
+
+
+def add_data_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add them to the parser of `hf-csm`."""
+    prepare = add_verb(
+        "prepare",
+        _prepare,
+        "Turn a raw corpus into labelled, aligned 24 kHz utterances (Parquet).",
+        takes_more=True,
+        epilog=CORPUS_OPTIONS,
+    )
+    prepare.add_argument("corpus", help="ravdess, crema_d, esd, msp_podcast, or csv_manifest for your own")
+    prepare.add_argument(
+        "--raw", nargs="+", help="folder, zip files or URLs of the corpus (default: download it, if that is allowed)"
+    )
+    prepare.add_argument("--out", type=Path, required=True, help="folder to write")
+    prepare.add_argument("--num-workers", type=int, help="processes (default: one per core)")
+    prepare.add_argument("--align-model", help="CTC model (Hub id or folder) for word times instead of energy")
+    prepare.add_argument("--prosody", action="store_true", help="measure pitch, loudness and rate of every clip")
+    prepare.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+
+    encode = add_verb("encode", _encode, "Compose conversations from utterances and encode them with the base's Mimi.")
+    encode.add_argument("prepared", help="folder or Hub id of a prepared corpus, or a JSONL manifest of stereo WAVs")
+    encode.add_argument("--out", type=Path, required=True, help="folder to write")
+    encode.add_argument("--base-model", required=True, help="Hub id or folder of the base model")
+    encode.add_argument("--revision", help="branch, tag or commit of the base model")
+    _add_composition(encode)
+    encode.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    encode.add_argument(
+        "--batch-sec", type=float, help="most seconds of audio at once (default: 640 on a GPU, 80 on a CPU)"
+    )
+
+    describe = add_verb(
+        "describe",
+        _describe,
+        "Show what training with a configuration will see: cells, weights, repeats, hours.",
+        takes_more=True,
+        epilog="Options of the configuration may follow, as in training: --dataset.balance.temperature 0",
+    )
+    describe.add_argument("config", help="YAML file of a run")
+    describe.add_argument("--out", type=Path, default=Path("mixture.png"), help="picture (default: mixture.png)")
+
+    manifest = add_verb(
+        "export-manifest", _export_manifest, "Write conversations as moshi-finetune reads them: WAV, JSON and JSONL."
+    )
+    manifest.add_argument("prepared", help="folder or Hub id of a prepared corpus")
+    manifest.add_argument("--out", type=Path, required=True, help="folder to write")
+    _add_composition(manifest)
+
+    push = add_verb("push-dataset", _push_dataset, "Publish a table on the Hugging Face Hub, if its licence allows.")
+    push.add_argument("folder", type=Path, help="folder that `hf-csm prepare` or `hf-csm encode` wrote")
+    push.add_argument("--repo-id", required=True, help="USER/NAME on the Hub; made if it does not exist")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def _add_composition(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--label", choices=("acted", "perceived", "agreed"), default="acted",
+        help="emotion of a clip: as acted, as raters heard it, or only where both agree (default: acted)",
+    )  # fmt: skip
+    parser.add_argument("--variants", type=int, default=1, help="sets of conversations from the clips (default: 1)")
+    parser.add_argument("--duration-sec", type=float, default=80.0, help="longest conversation (default: 80)")
+    parser.add_argument(
+        "--lead-in-s", type=float, nargs=2, default=(1.0, 2.0), metavar=("MIN", "MAX"),
+        help="seconds of quiet before the first turn (default: 1 2)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
+
+
+def _composition(options: argparse.Namespace) -> Any:
+    from hf_csm.encode.compose import Composition
+
+    if options.variants < 1:
+        raise UserError(f"--variants is {options.variants}.", "Give a whole number of at least 1.")
+    return Composition(duration_s=options.duration_sec, lead_in_s=tuple(options.lead_in_s), seed=options.seed)
+
+
+def corpus_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what follows the options that all corpora share: `--languages en zh` -> `{"languages": ("en", "zh")}`.
+
+    An option without value is `True`, one with a single value is that value.
+
+    Raises:
+        UserError: an argument that belongs to no option, or one that is not of a corpus alone.
+    """
+    options: dict[str, list[str]] = {}
+    name = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            name = name.replace("-", "_")
+            if name in SHARED_OPTIONS:
+                raise UserError(f"{argument} is not an option.", "See hf-csm prepare --help for how it is spelt.")
+            options[name] = [value] if equals else []
+        elif name is None:
+            raise UserError(f"{argument!r} is no option.", "Name the raw corpus with --raw.")
+        else:
+            options[name].append(argument)
+    plain = {0: lambda values: True, 1: lambda values: values[0]}
+    return {name: plain.get(len(values), tuple)(values) for name, values in options.items()}
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from hf_csm.prepare.run import prepare
+
+    if options.num_workers is not None and options.num_workers < 1:
+        raise UserError(f"--num-workers is {options.num_workers}.", "Give a whole number of at least 1.")
+    report = prepare(
+        options.corpus,
+        options.raw,
+        options.out,
+        num_workers=options.num_workers,
+        align_model=options.align_model,
+        prosody=options.prosody,
+        overwrite=options.overwrite,
+        **corpus_options(options.more),
+    )
+    if not report.is_new:
+        print(ALREADY_THERE.format(out=options.out))
+    print(report.render())
+
+
+def _encode(options: argparse.Namespace) -> None:
+    import torch
+
+    from hf_csm.encode.dialogues import encode_manifest
+    from hf_csm.encode.run import encode
+    from hf_csm.hub import find_table
+    from hf_csm.models.moshi.checkpoint import choose_device, codec_sha256, find_checkpoint, load_mimi
+
+    composition = _composition(options)
+    if options.batch_sec is not None and not options.batch_sec > 0:
+        raise UserError(f"--batch-sec is {options.batch_sec:g}.", "Give more than 0 seconds.")
+    rank, world_size = launched_as()
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    device = choose_device(options.device or (gpu if torch.cuda.is_available() else "cpu"))
+    is_manifest = options.prepared.endswith(".jsonl")
+    if is_manifest and (options.label != "acted" or options.variants != 1):
+        raise UserError(
+            f"{options.prepared} is a manifest of whole conversations: --label and --variants do not apply.",
+            'Leave them out; a row\'s own "emotion" is its label.',
+        )
+    prepared = Path(options.prepared) if is_manifest else find_table(options.prepared)
+    base = find_checkpoint(options.base_model, options.revision)
+    mimi, sha256 = load_mimi(base, device), codec_sha256(base)
+    shared: dict[str, Any] = {
+        "composition": composition,
+        "batch_s": options.batch_sec,
+        "rank": rank,
+        "world_size": world_size,
+        "progress": rank == 0,
+    }
+    if is_manifest:
+        report = encode_manifest(prepared, options.out, mimi, sha256, **shared)
+    else:
+        report = encode(prepared, options.out, mimi, sha256, label=options.label, variants=options.variants, **shared)
+    if rank == 0:
+        if not report.is_new:
+            print(ALREADY_THERE.format(out=options.out))
+        print(report.render())
+
+
+def launched_as() -> tuple[int, int]:
+    """Return number and count of the processes that share the work, as `accelerate launch` sets them.
+
+    Raises:
+        UserError: they make no sense.
+    """
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE is {world_size}.",
+            "Leave them to `accelerate launch`, or number N processes from 0 to N - 1.",
+        )
+    return int(rank), int(world_size)
+
+
+def _describe(options: argparse.Namespace) -> None:
+    from hf_csm.config_parser import parse_run_config
+    from hf_csm.mixture.report import describe
+
+    description = describe(parse_run_config(["--config", options.config, *options.more], prog="hf-csm describe"))
+    print(description.render())
+    description.draw(options.out)
+    print(f"Drawn in {options.out}.")
+
+
+def _export_manifest(options: argparse.Namespace) -> None:
+    from hf_csm.encode.moshi_finetune import export_manifest
+    from hf_csm.hub import find_table
+
+    report = export_manifest(
+        find_table(options.prepared),
+        options.out,
+        composition=_composition(options),
+        variants=options.variants,
+        label=options.label,
+    )
+    if not report.is_new:
+        print(ALREADY_THERE.format(out=options.out))
+    print(report.render())
+
+
+def _push_dataset(options: argparse.Namespace) -> None:
+    from hf_csm.publish.push_table import push_table
+
+    print(push_table(options.folder, options.repo_id, private=options.private))

@@ -1,0 +1,211 @@
+"""The conversations of a prepared corpus: planned from ids and times alone, filled with sound and words later."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from hf_csm.data.audio import decode_audio
+from hf_csm.data.labels import EMOTIONS, UNLABELLED
+from hf_csm.data.schema import SPLITS
+from hf_csm.data.table import ParquetRows, read_card_metadata, read_columns, split_files
+from hf_csm.encode.compose import (
+    MOSHI,
+    Clip,
+    Composition,
+    Conversation,
+    compose,
+    plan_conversations,
+    spoken_part,
+    words_of,
+)
+from hf_csm.encode.staging import Unit, cut_units
+from hf_csm.errors import UserError
+from hf_csm.hub import check_whole
+
+
+LABELS = {
+    "acted": "without an emotion label",
+    "perceived": "without a perceived emotion",
+    "agreed": "without a perceived emotion that is the acted one",
+}
+"""The emotion of a clip: as acted, as its raters heard it, or where both are the same. With what is said of the clips
+that have none, which can still be the user's."""
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became conversations, and what did not.
+
+    Attributes:
+        cells: conversations and hours for each (split, emotion).
+        dropped: clips left out, by reason.
+        noted: what else was left out or is not as it should be, with its count.
+        is_complete: whether the table is in its place; `False` while other processes are still at work on it.
+        is_new: `False` if it was there before, and nothing was done.
+    """
+
+    cells: dict[tuple[str, str], tuple[int, float]]
+    dropped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
+    is_complete: bool = True
+    is_new: bool = True
+
+    def render(self) -> str:
+        """Return the report as a text table."""
+        lines = [f"{'split':<12}{'emotion':<12}{'conversations':>14}{'hours':>9}"]
+        for (split, emotion), (count, hours) in sorted(
+            self.cells.items(), key=lambda item: (SPLITS.index(item[0][0]), item[0][1])
+        ):
+            lines.append(f"{split:<12}{emotion:<12}{count:>14}{hours:>9.3f}")
+        lines += [f"dropped: {count} clips, {reason}" for reason, count in sorted(self.dropped.items())]
+        lines += [f"noted: {count} {what}" for what, count in sorted(self.noted.items())]
+        if not self.is_complete:
+            lines.append("The rest is still being made by other processes; the last of them publishes the table.")
+        return "\n".join(lines)
+
+
+class PreparedCorpus:
+    """A prepared corpus to compose conversations from.
+
+    Args:
+        folder: that `prepare` wrote.
+
+    Attributes:
+        card: what the card says of it.
+
+    Raises:
+        UserError: the folder is no prepared corpus, or only a part of one.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.card = read_card_metadata(folder)
+        if self.card.get("stage") != "prepared":
+            raise UserError(f"{folder} is not a prepared corpus.", "Run `hf-csm prepare` and give its output here.")
+        check_whole(self.folder)
+        self.files = [path for split in SPLITS for path in split_files(folder, split)]
+        self._rows = ParquetRows(self.files, columns=["audio", "words"], cache_bytes=0)
+
+    def plan(
+        self, composition: Composition, variants: int, label: str
+    ) -> tuple[list[Unit[Conversation]], dict[str, int]]:
+        """Return what `plan_shards` does.
+
+        Raises:
+            UserError: no conversation comes of it.
+        """
+        units, dropped = plan_shards(self.files, composition, variants, label)
+        if not units:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it has no clips"
+            raise UserError(
+                f"No clip of {self.folder} fits a conversation of {composition.duration_s:g} seconds: {reasons}.",
+                "Give a longer --duration-sec or a shorter --lead-in-s, or prepare with transcripts and labels.",
+            )
+        return units, dropped
+
+    def read(self, conversations: Sequence[Conversation], composition: Composition) -> Clips:
+        """Read the clips of some conversations, each row group that has any once."""
+        places = sorted({turn.clip.place for conversation in conversations for turn in conversation.turns})
+        return Clips({place: self._rows.row(*place) for place in places}, composition)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The rows of some clips by place, sound still compressed."""
+
+    rows: dict[tuple[int, int], dict]
+    composition: Composition
+
+    def waveform(self, conversation: Conversation) -> np.ndarray:
+        """Compose a conversation: float32 `[2, S]`."""
+        return compose(conversation, lambda clip: decode_audio(self.rows[clip.place]["audio"]), self.composition)
+
+    def words(self, conversation: Conversation) -> list[dict]:
+        """Return the words of a conversation, as `WINDOW_FEATURES` has them."""
+        return words_of(conversation, lambda clip: self.rows[clip.place]["words"])
+
+
+def plan_shards(
+    files: Sequence[Path], composition: Composition, variants: int, label: str = "acted"
+) -> tuple[list[Unit[Conversation]], dict[str, int]]:
+    """Plan every conversation of every split, in units of one emotion each; also count the clips left out, by reason.
+
+    Args:
+        files: of the prepared corpus; a clip's `place` is its file in this list and its row there.
+        label: a key of `LABELS`.
+
+    Raises:
+        UserError: perceived emotions are asked for and the corpus has none.
+    """
+    if label not in LABELS:
+        raise UserError(f"There is no label {label!r}.", f"Choose from {', '.join(LABELS)}.")
+    clips: dict[str, list[Clip]] = defaultdict(list)
+    dropped: Counter[str] = Counter()
+    has_perceived = False
+    for split, clip, reason, is_perceived in _clips(files, composition.margin_s, label):
+        clips[split].append(clip)
+        has_perceived |= is_perceived
+        if reason is not None:
+            dropped[reason] += 1
+    if clips and label != "acted" and not has_perceived:
+        raise UserError(
+            f"--label {label} needs emotions as raters heard them; this corpus has none.", "Give --label acted."
+        )
+    units: list[Unit[Conversation]] = []
+    for split in SPLITS:
+        cells = defaultdict(list)
+        spoken: set[str] = set()
+        for variant in range(variants):
+            for conversation in plan_conversations(clips[split], composition, variant):
+                cells[conversation.emotion or UNLABELLED].append(conversation)
+                spoken.update(turn.clip.id for turn in conversation.turns if turn.channel == MOSHI)
+        for emotion, conversations in sorted(cells.items()):
+            units += cut_units(split, emotion, conversations)
+        labelled = sum(clip.emotion is not None for clip in clips[split])
+        dropped["longer than a conversation may be"] += labelled - len(spoken)
+    return units, {reason: count for reason, count in dropped.items() if count}
+
+
+def count_cells(units: Sequence[Unit]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Return conversations and hours of each (split, emotion)."""
+    cells: dict[tuple[str, str], tuple[int, float]] = {}
+    for unit in units:
+        count, hours = cells.get((unit.split, unit.cell), (0, 0.0))
+        cells[unit.split, unit.cell] = (
+            count + len(unit.conversations),
+            hours + unit.duration_s / 3600,
+        )
+    return cells
+
+
+def _clips(files: Sequence[Path], margin_s: float, label: str) -> Iterator[tuple[str, Clip, str | None, bool]]:
+    """Yield split, clip, why it can't be Moshi's (or `None`), and whether it has a perceived emotion, file by file."""
+    times = ["words.list.element.start_s", "words.list.element.end_s"]  # the words themselves stay on disk
+    columns = ["id", "speaker_id", "language", "split", "emotion", "emotion_perceived", "duration_s"]
+    for file_index, file in enumerate(files):
+        table = read_columns([file], [*columns, *times]).combine_chunks()
+        words = table.column("words").combine_chunks()
+        bounds = words.offsets.to_numpy()
+        starts_s, ends_s = (words.values.field(name).to_numpy() for name in ("start_s", "end_s"))
+        rows = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+        for row_index, (id_, speaker_id, language, split, acted, perceived, duration_s) in enumerate(rows):
+            first, end = bounds[row_index], bounds[row_index + 1]
+            has_words = first < end
+            start_s, end_s = (float(starts_s[first]), float(ends_s[end - 1])) if has_words else (None, None)
+            number = {"acted": acted, "perceived": perceived, "agreed": acted if acted == perceived else None}[label]
+            reason = LABELS[label] if number is None else None if has_words else "without a transcript"
+            clip = Clip(
+                (file_index, row_index),
+                id_,
+                sys.intern(speaker_id),
+                sys.intern(language),
+                EMOTIONS[number] if number is not None and has_words else None,
+                *spoken_part(duration_s, start_s, end_s, margin_s),
+            )
+            yield split, clip, reason, perceived is not None

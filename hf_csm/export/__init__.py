@@ -1,1 +1,0 @@
-"""From a training checkpoint to files that moshi's own loader and server read."""

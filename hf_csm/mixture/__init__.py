@@ -1,0 +1,1 @@
+"""Tables to one balanced stream: windows, batches, `interleave_corpora`."""

@@ -1,0 +1,1 @@
+"""Moshi: checkpoint, language model, codec, layout, LoRA, export, engine."""

@@ -1,0 +1,277 @@
+"""From a PEFT adapter to the files that moshi's own loader and server take, each checked by loading it back.
+
+moshi reads one rank and one scaling for the whole model, and weights for every linear layer: those the adapter leaves
+alone are written as zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from moshi.models import loaders
+from moshi.models.lm import LMModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hf_csm.errors import UserError
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint
+from hf_csm.models.moshi.lora import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    adapter_state,
+    linear_paths,
+    lora_config,
+    native_lm,
+    read_adapter,
+)
+from hf_csm.models.moshi.model import MoshiLM
+from hf_csm.models.moshi.pull import CONFIG_NAME, DEFAULT_NAMES
+
+
+LORA_NAME = "lora.safetensors"
+PEFT_PREFIX = "base_model.model."
+LORA_KEYS = ("lora", "lora_name", "lora_rank", "lora_scaling")
+
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.25}
+"""Largest difference of two logits, in standard deviations of all logits, that rounding explains in each dtype.
+
+Rounding in bfloat16 hides a small adapter, so weights are compared exactly besides."""
+
+
+class ExportError(UserError):
+    """What was exported does not do what the trained model does."""
+
+    def __init__(self, problem: str, remedy: str = "Nothing was exported. If a second try fails too, report this."):
+        super().__init__(problem, remedy)
+
+
+def export_native(adapter: MoshiLM | Path, checkpoint: MoshiCheckpoint, out: Path) -> Path:
+    """Write `lora.safetensors` and `config.json` for `moshi.server` to the folder `out`, replacing what is there.
+
+    The two serve with `moshi.server --config-path out/config.json --lora-weight out/lora.safetensors`, or as a Hub
+    repository with `moshi.server --hf-repo user/adapter`; the base's files are found where `checkpoint` has them.
+
+    Args:
+        adapter: the trained model, or the folder of a PEFT adapter.
+        checkpoint: the base model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    write_native(adapter, checkpoint, out)
+    return out
+
+
+def consolidate(model: MoshiLM, checkpoint: MoshiCheckpoint, folder: Path) -> None:
+    """Write the native files of a training checkpoint, and check that moshi would take every weight.
+
+    Names and shapes only: a second base to compare logits with has no room beside a run. `export_checkpoint` compares.
+    """
+    export_native(model, checkpoint, folder)
+    check_native_keys(folder, checkpoint)
+
+
+def write_native(adapter: MoshiLM | Path, checkpoint: MoshiCheckpoint, folder: Path) -> None:
+    if isinstance(adapter, MoshiLM):
+        config, weights = lora_config(adapter), adapter_state(adapter)
+    else:
+        config, weights = read_adapter(adapter)
+    save_file(native_state(config, weights, checkpoint), folder / LORA_NAME)
+    lora = {"lora": True, "lora_name": LORA_NAME, "lora_rank": config.r, "lora_scaling": config.lora_alpha / config.r}
+    (folder / CONFIG_NAME).write_text(json.dumps(serving_config(checkpoint) | lora, indent=2) + "\n")
+
+
+def native_state(
+    config: peft.LoraConfig, weights: dict[str, torch.Tensor], checkpoint: loaders.CheckpointInfo
+) -> dict[str, torch.Tensor]:
+    """Return `weights` of PEFT under moshi's names, in float32, with zeros for the layers they do not cover."""
+    state = {name: torch.zeros(shape) for name, shape in native_shapes(checkpoint, config.r).items()}
+    for name, weight in weights.items():
+        native_name = name.removeprefix(PEFT_PREFIX)
+        if native_name not in state or state[native_name].shape != weight.shape:
+            raise UserError(
+                f"The adapter's {native_name} {list(weight.shape)} has no place in {checkpoint_name(checkpoint)}.",
+                "Give the base model that the adapter was trained on.",
+            )
+        state[native_name] = weight.detach().to("cpu", torch.float32).contiguous()
+    return state
+
+
+def serving_config(checkpoint: MoshiCheckpoint) -> dict[str, Any]:
+    """Return the config.json of the base with names that are found from anywhere: `hf://repo/file`, `file:///path`."""
+    if checkpoint.raw_config is None:
+        config = {"model_type": "moshi", **loaders._lm_kwargs}
+    else:
+        config = {key: value for key, value in checkpoint.raw_config.items() if key not in LORA_KEYS}
+    names = DEFAULT_NAMES | {key: config[key] for key in (*DEFAULT_NAMES, "mimi_config_name") if config.get(key)}
+    place = f"file://{checkpoint.name_or_path}" if checkpoint.is_local else f"hf://{checkpoint.name_or_path}"
+    return config | {key: name if "://" in name else f"{place}/{name}" for key, name in names.items()}
+
+
+def checkpoint_name(checkpoint: loaders.CheckpointInfo) -> str:
+    """Return what to call `checkpoint` in a message."""
+    return checkpoint.name_or_path if isinstance(checkpoint, MoshiCheckpoint) else str(checkpoint.moshi_weights)
+
+
+def check_native_keys(folder: Path, checkpoint: loaders.CheckpointInfo) -> None:
+    """Check by names and shapes alone that moshi can load the adapter in `folder`: fast enough for every checkpoint.
+
+    Raises:
+        UserError: a file is missing or cut short.
+        ExportError: a weight is missing, unknown, or of another shape than moshi builds.
+    """
+    config = _read_config(folder)
+    shapes = {}
+    try:
+        with safe_open(folder / LORA_NAME, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(folder / LORA_NAME, error) from error
+    expected = native_shapes(checkpoint, config["lora_rank"])
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ExportError(
+            f"{folder / LORA_NAME}: {len(wrong)} weights are not as moshi builds them, such as {name}: "
+            f"{shapes.get(name, 'missing')} instead of {expected.get(name, 'nothing')}."
+        )
+
+
+def verify_native(folder: Path, model: MoshiLM, checkpoint: MoshiCheckpoint) -> float:
+    """Load the adapter in `folder` through moshi, fused and unfused, and compare it with the trained `model`.
+
+    The weights must be equal, the logits on random codes equal up to rounding (`TOLERANCES`).
+
+    Returns:
+        The largest difference of two logits, in standard deviations of all logits.
+
+    Raises:
+        UserError: a file is missing or cut short.
+        ExportError: they differ; the message says by how much.
+    """
+    check_native_keys(folder, checkpoint)
+    config = _read_config(folder)
+    trained = lora_config(model)
+    if (config["lora_rank"], config["lora_scaling"]) != (trained.r, trained.lora_alpha / trained.r):
+        raise ExportError(f"{folder / CONFIG_NAME} has another rank or scaling than the model was trained with.")
+    expected = native_state(trained, adapter_state(model), checkpoint)
+    with safe_open(folder / LORA_NAME, "pt") as file:
+        for name, weight in expected.items():
+            difference = (file.get_tensor(name) - weight).abs().max().item()
+            if difference > 0:
+                raise ExportError(
+                    f"{folder / LORA_NAME}: {name} differs from the trained weight by up to {difference}."
+                )
+    found = loaders.CheckpointInfo.from_hf_repo(
+        checkpoint.name_or_path,
+        config_path=folder / CONFIG_NAME,
+        lora_weights=folder / LORA_NAME,
+        revision=checkpoint.revision,
+    )
+    lm = native_lm(model)
+    differences = []
+    for fuse_lora in (True, False):
+        loaded = found.get_moshi(device=lm.device, dtype=lm.dtype, fuse_lora=fuse_lora)
+        differences.append(compare_logits(loaded, model, f"{folder}, loaded by moshi with fuse_lora={fuse_lora},"))
+        del loaded
+    return max(differences)
+
+
+def compare_logits(loaded: LMModel, model: MoshiLM, name: str, dtype: torch.dtype = torch.float32) -> float:
+    """Return the largest difference of the logits of `loaded` and `model` on random codes, in standard deviations.
+
+    Args:
+        name: what to call `loaded` in the message.
+        dtype: that the weights of `loaded` were stored in.
+
+    Raises:
+        ExportError: it is larger than rounding explains (`TOLERANCES`).
+    """
+    lm, layout, num_frames = native_lm(model), model.layout, 16
+    tolerance = max(TOLERANCES[lm.dtype], TOLERANCES[dtype])
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(layout.text_card, (1, 1, num_frames), generator=generator)
+    audio = torch.randint(layout.card, (1, layout.num_streams - 1, num_frames), generator=generator)
+    codes = torch.cat([text, audio], dim=1).to(lm.device)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs = [model.lm(codes), loaded(codes)]
+    model.train(was_training)
+    expected, found = (
+        torch.cat([output.text_logits[output.text_mask].flatten(), output.logits[output.mask].flatten()]).float()
+        for output in outputs
+    )
+    difference = ((expected - found).abs().max() / expected.std()).item()
+    if not difference <= tolerance:  # NaN is a difference too
+        raise ExportError(
+            f"{name} differs from the trained model: its logits are off by up to {difference:.3g} standard "
+            f"deviations, where rounding explains {tolerance}."
+        )
+    return difference
+
+
+def named_base(adapter: Path, config: peft.LoraConfig) -> str:
+    """Return the base model that the adapter's configuration names.
+
+    Raises:
+        UserError: it names none.
+    """
+    name = config.base_model_name_or_path
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG_NAME} does not say which base model was trained on.",
+            "Write its repository or folder there as base_model_name_or_path.",
+        )
+    return name
+
+
+def find_adapter(folder: Path, name: str) -> Path:
+    """Return the folder with PEFT's files: of a training checkpoint its `adapter/`, else `folder` itself.
+
+    Args:
+        name: of the folder, as the user gave it.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    for found in (folder / "adapter", folder):
+        if (found / ADAPTER_CONFIG_NAME).is_file() or (found / ADAPTER_WEIGHTS_NAME).is_file():
+            return found
+    raise UserError(
+        f"{name} has no folder adapter/ and is no PEFT adapter itself.",
+        "Give a checkpoint folder such as runs/x/checkpoint_000500, or a Hub repository with an adapter.",
+    )
+
+
+def native_shapes(checkpoint: loaders.CheckpointInfo, rank: int) -> dict[str, tuple[int, int]]:
+    """Return name and shape of every weight that moshi expects in `lora.safetensors`, in its order."""
+    config = loaders._lm_kwargs if checkpoint.lm_config is None else checkpoint.lm_config
+    config = {key: value for key, value in config.items() if key not in LORA_KEYS}
+    shapes = {}
+    for path, (in_features, out_features) in _linear_sizes(json.dumps(config)).items():
+        shapes[f"{path}.lora_A.weight"] = (rank, in_features)
+        shapes[f"{path}.lora_B.weight"] = (out_features, rank)
+    return shapes
+
+
+@functools.lru_cache(maxsize=4)  # five seconds for Moshi 7B, and a run asks at every checkpoint
+def _linear_sizes(config_json: str) -> dict[str, tuple[int, int]]:
+    lm = loaders.get_moshi_lm(None, lm_kwargs=json.loads(config_json), device="meta")
+    layers = {path: lm.get_submodule(path) for path in linear_paths(lm)}
+    return {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / CONFIG_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / CONFIG_NAME, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is missing, damaged or cut short: {error}", "Export it again from its checkpoint.")

@@ -1,0 +1,87 @@
+"""From a window to the token streams of a model: text from word times, the emotion prefix, the audio codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_csm.errors import UserError
+from hf_csm.models.family import Layout, Window
+from hf_csm.units import Frames, frame_at
+
+
+Word = Mapping[str, Any]
+"""`word`, `start_s`, `end_s`, and in windows `channel`."""
+Tokenize = Callable[[str], list[int]]
+"""Text to token ids, such as a SentencePiece model's `encode`."""
+
+
+def text_stream(words: Sequence[Word], num_frames: Frames, tokenize: Tokenize, layout: Layout) -> np.ndarray:
+    """Return Moshi's inner monologue `[T]`: each word's tokens from the frame it begins in, padding elsewhere.
+
+    The frame before a word begins says so with the end-of-padding token. A word whose predecessor still has tokens
+    left waits for them, so no token is ever lost; `[4, 3, 0, 7, 8]` is one token at 0 s, two at 0.24 s.
+
+    Args:
+        words: words with `start_s` in seconds from the first frame, in order of time.
+    """
+    stream = np.full(num_frames, layout.text_padding_id, dtype=np.int64)
+    next_free = 0
+    for word in words:
+        first = max(frame_at(word["start_s"]), next_free)
+        tokens = tokenize(word["word"])[: max(num_frames - first, 0)]
+        if not tokens:
+            continue
+        stream[first : first + len(tokens)] = tokens
+        if first > 0 and stream[first - 1] == layout.text_padding_id:
+            stream[first - 1] = layout.end_of_text_padding_id
+        next_free = first + len(tokens)
+    return stream
+
+
+def lay_out(
+    row: dict,
+    layout: Layout,
+    tokenize: Tokenize,
+    *,
+    emotion: str,
+    prefix: str | None = None,
+    max_frames: Frames | None = None,
+) -> Window:
+    """Turn a row of a codes table into token streams `[K, T]`: text, Moshi's codebooks, the user's codebooks.
+
+    Args:
+        row: a window row; `codes` is `[2, Q, T]`.
+        prefix: text given in the first frames of the text stream, while both channels are still quiet.
+        max_frames: cut the window here.
+
+    Raises:
+        UserError: the codes have too few codebooks, or the prefix does not fit before the first turn.
+    """
+    codes = np.asarray(row["codes"])[:, :, :max_frames]
+    num_needed = max(layout.num_predicted_codebooks, layout.num_user_codebooks)
+    if codes.ndim != 3 or codes.shape[0] != 2 or codes.shape[1] < num_needed:
+        raise UserError(
+            f"Window {row['id']} has codes {list(codes.shape)}; the model needs [2, {num_needed} or more, T].",
+            "Encode the corpus again with this base model.",
+        )
+    streams = np.empty((layout.num_streams, codes.shape[2]), dtype=np.int64)
+    words = sorted((word for word in row["words"] if word["channel"] == 0), key=lambda word: word["start_s"])
+    streams[0] = text_stream(words, codes.shape[2], tokenize, layout)
+    streams[1 : layout.num_predicted_streams] = codes[0, : layout.num_predicted_codebooks]
+    streams[layout.num_predicted_streams :] = codes[1, : layout.num_user_codebooks]
+
+    num_given = 0
+    if prefix is not None:
+        tokens = tokenize(prefix)
+        num_given = len(tokens)
+        quiet_frames = min((frame_at(turn["start_s"]) for turn in row["turns"]), default=codes.shape[2])
+        if num_given >= quiet_frames:
+            raise UserError(
+                f"The prefix {prefix!r} takes {num_given} frames; window {row['id']} is quiet for {quiet_frames}.",
+                "Encode with a longer --lead-in-s, or shorten dataset.prefix_template.",
+            )
+        streams[0, :num_given] = tokens
+    return Window(row["id"], emotion, streams, num_given)

@@ -1,0 +1,301 @@
+"""From a PEFT adapter to a whole model: the base's file with merged weights in their places, written piece by piece.
+
+Neither the base nor the result is ever in memory as a whole: what is written has the header, names and dtypes of the
+base, so that a piece needs only the same piece of the base and two small matrices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import peft
+import torch
+from moshi.models import loaders
+from safetensors import SafetensorError, safe_open
+
+from hf_csm.errors import UserError
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint
+from hf_csm.models.moshi.export import (
+    CONFIG_NAME,
+    LORA_KEYS,
+    PEFT_PREFIX,
+    ExportError,
+    checkpoint_name,
+    compare_logits,
+    serving_config,
+)
+from hf_csm.models.moshi.lora import adapter_state, lora_config, native_lm, read_adapter
+from hf_csm.models.moshi.model import MoshiLM
+
+
+WEIGHTS_NAME = "model.safetensors"
+PIECE_NUMBERS = 1 << 22
+"""Most numbers of a weight that are merged at once: 16 MB in float32, and as much again for the update."""
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FUSED = {"in_projs": ("in_proj_weight", "in_proj.weight"), "out_projs": ("out_proj.weight",)}
+"""Under which names older files hold the projections of all steps in one matrix; moshi splits it as it loads."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file.
+
+    Attributes:
+        start: of its bytes in the file.
+        num_bytes: of them.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of `tensor[0]`."""
+        return self.num_bytes // self.shape[0]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the adapter adds to some rows of a weight: `scaling * high @ low`.
+
+    Attributes:
+        first_row: of the weight.
+        low: `[rank, in]`.
+        high: `[out, rank]`.
+    """
+
+    first_row: int
+    low: torch.Tensor
+    high: torch.Tensor
+    scaling: float
+
+
+def export_merged(model: MoshiLM, checkpoint: MoshiCheckpoint, out: Path) -> Path:
+    """Write the merged weights and their config.json to the folder `out`, replacing what is there, and check them.
+
+    Args:
+        checkpoint: the base model; its Mimi and tokenizer are named, not copied.
+
+    Raises:
+        ExportError: what moshi loads from `out` is not the trained model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _write(lora_config(model), adapter_state(model), checkpoint, out)
+    verify_merged(out, model, checkpoint)
+    return out
+
+
+def merge_adapter(adapter: Path, checkpoint: MoshiCheckpoint, folder: Path) -> None:
+    """Write the merged weights and their config.json to `folder` without loading a model.
+
+    What was written is read again and compared number by number, and given to moshi by names and shapes.
+
+    Args:
+        adapter: folder of a PEFT adapter.
+
+    Raises:
+        UserError: the adapter is damaged or was made for another base.
+        ExportError: the file is not what was written.
+    """
+    config, weights = read_adapter(adapter)
+    _write(config, weights, checkpoint, folder)
+    check_merged(folder / WEIGHTS_NAME, config, weights, checkpoint)
+    check_loadable(folder / WEIGHTS_NAME, checkpoint)
+
+
+def check_loadable(path: Path, checkpoint: MoshiCheckpoint) -> None:
+    """Check that moshi's model takes the weights of the file at `path`, by names and shapes: none is read.
+
+    Raises:
+        ExportError: it does not.
+    """
+    config = {
+        key: value for key, value in (checkpoint.lm_config or loaders._lm_kwargs).items() if key not in LORA_KEYS
+    }
+    try:
+        lm = loaders.get_moshi_lm(None, lm_kwargs=config, device="meta")
+        lm.load_state_dict(
+            {tensor.name: torch.empty(tensor.shape, device="meta") for tensor in read_header(path)[1]}, assign=True
+        )
+    except (RuntimeError, TypeError) as error:
+        raise ExportError(f"moshi does not take {path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def verify_merged(folder: Path, model: MoshiLM, checkpoint: MoshiCheckpoint) -> float:
+    """Load the merged weights in `folder` through moshi and compare them with the trained `model`.
+
+    Returns:
+        The largest difference of two logits, in standard deviations of all logits: what rounding costs.
+
+    Raises:
+        ExportError: a weight is not the merged one rounded once, or the logits differ by more than rounding explains.
+    """
+    check_merged(folder / WEIGHTS_NAME, lora_config(model), adapter_state(model), checkpoint)
+    found = loaders.CheckpointInfo.from_hf_repo(
+        checkpoint.name_or_path,
+        moshi_weights=folder / WEIGHTS_NAME,
+        config_path=folder / CONFIG_NAME,
+        revision=checkpoint.revision,
+    )
+    lm = native_lm(model)
+    loaded = found.get_moshi(device=lm.device, dtype=lm.dtype)
+    return compare_logits(loaded, model, str(folder / WEIGHTS_NAME), dtype=weights_dtype(checkpoint))
+
+
+def weights_dtype(checkpoint: MoshiCheckpoint) -> torch.dtype:
+    """Return the dtype of the language model's weights in the files of `checkpoint`."""
+    with safe_open(checkpoint.moshi_weights, "pt") as file:
+        return file.get_tensor("text_emb.weight").dtype
+
+
+def check_merged(
+    path: Path, config: peft.LoraConfig, weights: Mapping[str, torch.Tensor], checkpoint: MoshiCheckpoint
+) -> None:
+    """Check that the file at `path` is the base with the adapter merged in, to the bit, a piece in memory at a time.
+
+    Raises:
+        ExportError: it is not.
+    """
+    stored = {tensor.name: tensor for tensor in read_header(path)[1]}
+    tensors = read_header(checkpoint.moshi_weights)[1]
+    if {t.name: (t.dtype, t.shape) for t in tensors} != {t.name: (t.dtype, t.shape) for t in stored.values()}:
+        raise ExportError(f"{path} has other weights than {checkpoint_name(checkpoint)}.")
+    updates = find_updates(config, weights, tensors, checkpoint)
+    with open(checkpoint.moshi_weights, "rb") as base, open(path, "rb") as file:
+        for tensor in tensors:
+            file.seek(stored[tensor.name].start)
+            for piece in _pieces(tensor, updates.get(tensor.name, []), base):
+                if file.read(len(piece)) != bytes(piece):
+                    raise ExportError(f"{path}: {tensor.name} is not the merged weight.")
+
+
+def read_header(path: Path) -> tuple[bytes, list[StoredTensor]]:
+    """Return the header of a safetensors file, with its length in front, and its tensors in the order of their bytes.
+
+    The file is not mapped into memory, where the pages that were read count as the process's own.
+
+    Raises:
+        UserError: it is cut short or no such file.
+    """
+    try:
+        with safe_open(path, "pt"):  # checks sizes and places
+            pass
+        with open(path, "rb") as file:
+            length = file.read(8)
+            text = file.read(int.from_bytes(length, "little"))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short: {error}", "Copy or download it again.") from error
+    start = len(length) + len(text)
+    tensors = [
+        StoredTensor(
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in json.loads(text).items()
+        if name != "__metadata__"
+    ]
+    return length + text, sorted(tensors, key=lambda tensor: tensor.start)
+
+
+def find_updates(
+    config: peft.LoraConfig,
+    weights: Mapping[str, torch.Tensor],
+    tensors: list[StoredTensor],
+    checkpoint: MoshiCheckpoint,
+) -> dict[str, list[Update]]:
+    """Return what the adapter adds to which tensors of the base's file, by their names.
+
+    Raises:
+        UserError: a matrix of the adapter has no place in the base.
+    """
+    known = {tensor.name: tensor for tensor in tensors}
+    updates: dict[str, list[Update]] = {}
+    for name in weights:
+        if not name.endswith(".lora_A.weight"):
+            continue
+        path = name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+        low, high = weights[name], weights[name.replace(".lora_A.", ".lora_B.")]
+        place = _place(path, len(high), known)
+        if place is None or known[place[0]].shape[1:] != low.shape[1:] or known[place[0]].dtype not in DTYPES:
+            found = "nothing" if place is None else f"{known[place[0]].dtype} {list(known[place[0]].shape)}"
+            raise UserError(
+                f"The adapter's {path} [{len(high)}, {low.shape[1]}] of rank {len(low)} has no place in "
+                f"{checkpoint_name(checkpoint)}, which has {found} there.",
+                "Give the base model that the adapter was trained on.",
+            )
+        updates.setdefault(place[0], []).append(Update(place[1], low, high, config.lora_alpha / config.r))
+    for own in updates.values():
+        own.sort(key=lambda update: update.first_row)
+    return updates
+
+
+def _place(path: str, num_rows: int, known: Mapping[str, StoredTensor]) -> tuple[str, int] | None:
+    """Return tensor and first row where the weight of a linear layer is."""
+    own = known.get(f"{path}.weight")
+    if own is not None:
+        return (own.name, 0) if own.shape[0] == num_rows else None
+    found = re.fullmatch(r"(.*\.)(in_projs|out_projs)\.(\d+)", path)
+    for fused in _FUSED[found[2]] if found else ():
+        tensor = known.get(found[1] + fused) if found else None
+        if tensor is not None and found and tensor.shape[0] % num_rows == 0:
+            first_row = int(found[3]) * num_rows
+            return (tensor.name, first_row) if first_row < tensor.shape[0] else None
+    return None
+
+
+def _write(
+    config: peft.LoraConfig, weights: Mapping[str, torch.Tensor], checkpoint: MoshiCheckpoint, folder: Path
+) -> None:
+    header, tensors = read_header(checkpoint.moshi_weights)
+    updates = find_updates(config, weights, tensors, checkpoint)
+    part = folder / f".{WEIGHTS_NAME}.tmp"
+    with open(checkpoint.moshi_weights, "rb") as base, open(part, "wb") as file:
+        file.write(header)
+        for tensor in tensors:
+            for piece in _pieces(tensor, updates.get(tensor.name, []), base):
+                file.write(piece)
+    os.replace(part, folder / WEIGHTS_NAME)
+    text = json.dumps(serving_config(checkpoint) | {"moshi_name": WEIGHTS_NAME}, indent=2)
+    (folder / CONFIG_NAME).write_text(text + "\n")
+
+
+def _pieces(tensor: StoredTensor, updates: list[Update], base: BufferedReader) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a merged tensor in order."""
+    base.seek(tensor.start)
+    if not updates:
+        for first in range(0, tensor.num_bytes, 4 * PIECE_NUMBERS):
+            yield base.read(min(4 * PIECE_NUMBERS, tensor.num_bytes - first))
+        return
+    num_columns = math.prod(tensor.shape[1:])
+    most_rows = max(1, PIECE_NUMBERS // num_columns)
+    row = 0
+    for update in updates:
+        while row < update.first_row:
+            num_rows = min(most_rows, update.first_row - row)
+            yield base.read(num_rows * tensor.row_bytes)
+            row += num_rows
+        for first in range(0, len(update.high), most_rows):
+            high = update.high[first : first + most_rows]
+            stored = torch.empty(len(high), num_columns, dtype=DTYPES[tensor.dtype])
+            base.readinto(memoryview(stored.view(torch.uint8).numpy()))
+            weight = stored.float()
+            weight += update.scaling * (high.detach().cpu().float() @ update.low.detach().cpu().float())
+            yield memoryview(weight.to(stored.dtype).view(torch.uint8).numpy()).cast("B")
+        row += len(update.high)
+    while row < tensor.shape[0]:
+        num_rows = min(most_rows, tensor.shape[0] - row)
+        yield base.read(num_rows * tensor.row_bytes)
+        row += num_rows

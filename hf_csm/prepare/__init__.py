@@ -1,0 +1,1 @@
+"""Raw corpus to a prepared table of utterances."""

@@ -1,0 +1,94 @@
+"""What `training.push_to_hub` does: see before the first step that a push will be let through, and push at the end."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from pathlib import Path
+
+from hf_csm.config import RunConfig
+from hf_csm.errors import UserError
+from hf_csm.hub import hub_errors
+from hf_csm.mixture.provenance import corpora_of, with_earlier
+from hf_csm.models.moshi.pull import CONFIG_NAME, find_folder, weight_names
+from hf_csm.publish.licenses import base_terms, check_card_values, check_licences
+from hf_csm.publish.push_model import PATTERNS, check_same_model, push_model, read_json
+from hf_csm.publish.resolve_base import find_base
+from hf_csm.publish.upload import Target, check_may_write, log_in, open_repository
+from hf_csm.training.checkpoint import find_checkpoint_to_resume
+
+
+def check_push(config: RunConfig) -> None:
+    """Check all that would stop the push at the end of a run, and make the repository if it does not exist.
+
+    Raises:
+        UserError: nobody is logged in, may not write there, the corpora forbid it, the base model is nobody else's, or
+            the repository holds something else.
+    """
+    repo_id, private = config.training.push_to_hub, config.training.hub_private
+    if repo_id is None:
+        return
+    api = log_in(repo_id, "ann/moshiko-happy")
+    name, revision = config.moshi_paths.hf_repo_id, config.moshi_paths.revision
+    if Path(name).expanduser().is_dir():
+        raise UserError(
+            f"training.push_to_hub is {repo_id}, but the base model is the folder {name}, which nobody else has.",
+            "Name its repository in moshi_paths.hf_repo_id, or push by hand with --base-model USER/NAME.",
+        )
+    base = find_base(api, base_names(name, revision), name, revision, None)
+    corpora = corpora_of(config.dataset)
+    wanted = config.resume_from_checkpoint
+    resumed = find_checkpoint_to_resume(Path(config.run_dir), wanted) if wanted else None
+    if resumed is not None:
+        corpora = with_earlier(corpora, resumed.resolve().parent)
+    check_card_values(corpora, repo_id)
+    try:
+        check_licences(corpora, repo_id, private=private, base=base_terms(name, base.license))
+    except UserError as error:
+        raise UserError(
+            error.problem,
+            "Set training.hub_private to true, or training.push_to_hub to null and push by hand with `hf-csm push`, "
+            "which can be told more of the terms.",
+        ) from error
+    target = Target(repo_id, "model", PATTERNS, private)
+    with hub_errors(f"{repo_id}: "):
+        open_repository(api, target, partial(check_same_model, repo_id, name, False))
+        check_may_write(api, target)
+
+
+def base_names(repo_id: str, revision: str | None) -> dict[str, str]:
+    """Return the files of a base on the Hub as an adapter's config.json will name them.
+
+    Raises:
+        UserError: the repository or its config.json cannot be read.
+    """
+    path = find_folder(repo_id, revision, weights=False) / CONFIG_NAME
+    config = read_json(path) if path.is_file() else None
+    names = weight_names(config)
+    return {key: name if "://" in name else f"hf://{repo_id}/{name}" for key, name in names.items()}
+
+
+def push_run(config: RunConfig, checkpoint: Path) -> str | None:
+    """Push the best checkpoint of a finished run, or its last one without evaluations; return the address.
+
+    Args:
+        checkpoint: the last one.
+
+    Raises:
+        UserError: the push failed; the remedy is the command that tries again.
+    """
+    repo_id, private = config.training.push_to_hub, config.training.hub_private
+    if repo_id is None:
+        return None
+    best = Path(config.run_dir, "best")
+    chosen = best if best.is_dir() else checkpoint
+    try:
+        return push_model(chosen, repo_id, private=private)
+    except UserError as error:
+        command = shlex.join(
+            ["hf-csm", "push", str(chosen), "--repo-id", repo_id, *(["--private"] if private else [])]
+        )
+        raise UserError(
+            f"The run is done and {chosen} is whole, but it was not pushed: {error.problem}",
+            f"Push it by hand: {command} ({error.remedy})",
+        ) from error

@@ -1,0 +1,143 @@
+"""Where everybody finds the base of an adapter: what a published config.json may name, and that it is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_csm.errors import UserError
+from hf_csm.hub import hub_errors
+from hf_csm.mixture.provenance import licence_id
+from hf_csm.models.moshi.pull import split_name
+from hf_csm.publish.upload import file_oid, oid_of
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+HUB, LOCAL = "hf://", "file://"
+_KEYS = ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")
+
+
+@dataclass(frozen=True)
+class HubBase:
+    """The base model as a published adapter names it.
+
+    Attributes:
+        repo_id: of the base model.
+        revision: that was trained on, if one was asked for.
+        license: that its card states; several with commas between.
+        names: for config.json; `hf://user/name/file` each.
+    """
+
+    repo_id: str
+    revision: str | None
+    license: str | None
+    names: dict[str, str]
+
+
+def find_base(
+    api: HfApi,
+    config: Mapping[str, Any],
+    name_or_path: str,
+    revision: str | None,
+    base_model: str | None,
+    *,
+    merged: bool = False,
+) -> HubBase:
+    """Return the base of an adapter on the Hub.
+
+    Args:
+        config: config.json of the adapter; names of files of its own are left out.
+        name_or_path: of the base, as the run knew it.
+        revision: of the base, if one was asked for.
+        base_model: repository that has the same files, for a base that is a local folder.
+        merged: the weights of the base go with the adapter, so what becomes of them on the Hub does not matter.
+
+    Raises:
+        UserError: the base is on this machine only, is not the one that is named, or has changed on the Hub.
+    """
+    names = {key: str(config[key]) for key in _KEYS if "://" in str(config.get(key, ""))}
+    is_local = Path(name_or_path).is_absolute() or any(name.startswith(LOCAL) for name in names.values())
+    if is_local and base_model is None:
+        raise UserError(
+            f"The base model is the folder {name_or_path}, which nobody else has.",
+            "Say with --base-model USER/NAME which repository on the Hub has the same files; upload it if none has.",
+        )
+    if not is_local and base_model not in (None, name_or_path):
+        raise UserError(f"The adapter was trained on {name_or_path}, not on {base_model}.", "Leave --base-model out.")
+    repo_id = base_model or name_or_path
+    with hub_errors(f"{repo_id}, the base model: "):
+        card = api.model_info(repo_id).card_data
+        if is_local:
+            names = _same_on_hub(api, repo_id, names)
+        elif merged:
+            names.pop("moshi_name", None)
+        for repo in sorted({split_name(name)[0] for name in names.values()}):
+            own = [split_name(name)[1] for name in names.values() if split_name(name)[0] == repo]
+            _check_served(api, repo, own, revision if repo == repo_id and not is_local else None)
+    return HubBase(repo_id, None if is_local else revision, licence_id(card.license if card else None) or None, names)
+
+
+def _same_on_hub(api: HfApi, repo_id: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Return the names with `file://` replaced by the files of the repository that are the same, by size and hash."""
+    from huggingface_hub.hf_api import RepoFile
+
+    files = [entry for entry in api.list_repo_tree(repo_id, recursive=True) if isinstance(entry, RepoFile)]
+    found = dict(names)
+    for key, name in names.items():
+        if not name.startswith(LOCAL):
+            continue
+        path = Path(name.removeprefix(LOCAL))
+        if not path.is_file():
+            raise UserError(
+                f"{path} is gone, so nothing shows that {repo_id} is the same base model.",
+                "Push from where the base model is, or copy it back.",
+            )
+        same = _same_file(path, files)
+        if same is None:
+            raise UserError(
+                f"{repo_id} has no file that is the same as {path}.",
+                "Name the repository of the base model that the adapter was trained on, or upload that folder.",
+            )
+        found[key] = f"{HUB}{repo_id}/{same}"
+    return found
+
+
+def _same_file(path: Path, files: list[RepoFile]) -> str | None:
+    num_bytes = path.stat().st_size
+    hashes: dict[int, str] = {}
+    for file in sorted(files, key=lambda file: (file.path != path.name, file.path)):
+        if file.size == num_bytes:
+            oid = oid_of(file)
+            hashes.setdefault(len(oid), file_oid(path, oid))
+            if hashes[len(oid)] == oid:
+                return file.path
+    return None
+
+
+def _check_served(api: HfApi, repo_id: str, files: list[str], revision: str | None) -> None:
+    """Check that the main branch, which is what moshi reads, has these files, and as they were at `revision`."""
+    served = _oids(api, repo_id, files, None)
+    missing = sorted(set(files) - served.keys())
+    if missing:
+        raise UserError(f"{repo_id}, the base model, has no {missing[0]}.", "Train on a base that is on the Hub.")
+    if revision is None:
+        return
+    trained = _oids(api, repo_id, files, revision)
+    changed = sorted(file for file in files if trained.get(file) != served[file])
+    if changed:
+        raise UserError(
+            f"{repo_id}: {changed[0]} is not what it was at {revision}, which was trained on; moshi reads the newest.",
+            "Push with --merged, which needs Mimi and the tokenizer only, or train on the newest base.",
+        )
+
+
+def _oids(api: HfApi, repo_id: str, files: list[str], revision: str | None) -> dict[str, str]:
+    from huggingface_hub.hf_api import RepoFile
+
+    entries = api.get_paths_info(repo_id, files, revision=revision)
+    return {entry.path: oid_of(entry) for entry in entries if isinstance(entry, RepoFile)}

@@ -1,0 +1,62 @@
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, snapshot_download
+
+from hf_csm.errors import UserError
+from hf_csm.models.moshi.checkpoint import find_checkpoint
+from hf_csm.publish.push_model import push_model
+
+
+BASE = "kyutai/tiny"
+
+
+def remote_json(repo_id, name, revision=None):
+    return json.loads((snapshot(repo_id, revision) / name).read_text())
+
+
+def snapshot(repo_id, revision=None):
+    return Path(snapshot_download(repo_id, revision=revision))
+
+
+def test_a_base_on_this_machine_only_is_refused_until_its_like_on_the_hub_is_named(hub, base_on_hub, local_run):
+    with pytest.raises(UserError, match="nobody else has") as error:
+        push_model(local_run / "best", "user/happy")
+    assert "--base-model USER/NAME" in error.value.remedy and not HfApi().repo_exists("user/happy")
+    push_model(local_run / "best", "user/happy", base_model=BASE)
+    assert remote_json("user/happy", "config.json")["moshi_name"] == f"hf://{BASE}/model.safetensors"
+    assert remote_json("user/happy", "adapter_config.json")["base_model_name_or_path"] == BASE
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_base_that_is_not_the_one_trained_on_is_refused(hub, base_on_hub, local_run, run, tiny_moshi, merged):
+    api = HfApi()
+    api.create_repo("user/other")
+    api.upload_folder(repo_id="user/other", folder_path=tiny_moshi)
+    weights = bytearray((tiny_moshi / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    api.upload_file(repo_id="user/other", path_or_fileobj=bytes(weights), path_in_repo="model.safetensors")
+    with pytest.raises(UserError, match="no file that is the same as .*model.safetensors"):
+        push_model(local_run / "best", "user/happy", base_model="user/other", merged=merged)
+    with pytest.raises(UserError, match="was trained on kyutai/tiny, not on user/other"):
+        push_model(run / "best", "user/happy", base_model="user/other", merged=merged)
+    with pytest.raises(UserError, match="user/none, the base model: the Hub has no such repository"):
+        push_model(local_run / "best", "user/happy", base_model="user/none", merged=merged)
+    assert not api.repo_exists("user/happy")
+
+
+def test_a_base_that_has_changed_since_is_refused_for_an_adapter_and_merged_as_it_was(hub, base_on_hub, run):
+    trained_on = HfApi().model_info(BASE).sha
+    path = run / "checkpoint_000010" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": trained_on}))
+    push_model(run / "best", "user/before")
+    assert remote_json("user/before", "emotions.json")["base_revision"] == trained_on
+    content = bytearray((find_checkpoint(BASE).moshi_weights).read_bytes())
+    content[-1] ^= 1
+    api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
+    api.upload_file(repo_id=BASE, path_or_fileobj=bytes(content), path_in_repo="model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors is not what it was at") as error:
+        push_model(run / "best", "user/happy")
+    assert "--merged" in error.value.remedy
+    push_model(run / "best", "user/happy", merged=True)
