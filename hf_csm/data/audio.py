@@ -14,7 +14,7 @@ import soundfile
 import soxr
 
 from hf_csm.errors import UserError
-from hf_csm.units import SAMPLE_RATE
+from hf_csm.units import SAMPLE_RATE, Samples
 
 
 _GET_AGAIN = "Get this file from the corpus again, or remove it."
@@ -98,6 +98,14 @@ def hash_samples(samples: np.ndarray) -> str:
     """Return the SHA-256 of int16 samples, little-endian: equal for equal sound, however the file was written."""
     assert samples.dtype == np.int16, samples.dtype
     return hashlib.sha256(samples.astype("<i2", copy=False).tobytes()).hexdigest()
+
+
+def room_tone(num_samples: Samples, rng: np.random.Generator, level_db: tuple[float, float]) -> np.ndarray:
+    """Return noise float32 `[S]` that falls off towards high frequencies, at a level drawn in dB of full scale."""
+    smoothing = 8
+    noise = rng.standard_normal(num_samples + smoothing - 1, dtype=np.float32)
+    noise = np.convolve(noise, np.full(smoothing, smoothing**-0.5, dtype=np.float32), mode="valid")
+    return noise * np.float32(10.0 ** (rng.uniform(*level_db) / 20.0))
 
 
 def _read_plain_wav(content: bytes) -> tuple[np.ndarray, int] | None:

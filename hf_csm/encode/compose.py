@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_csm.data.audio import room_tone
 from hf_csm.data.table import ROWS_PER_GROUP
 from hf_csm.errors import UserError
 from hf_csm.units import (
@@ -286,14 +287,6 @@ def compose(
             samples[-len(fade) :] *= fade[::-1]
         waveform[turn.channel, turn.start : turn.end] += samples
     return np.clip(waveform, -1.0, 1.0)
-
-
-def room_tone(num_samples: Samples, rng: np.random.Generator, level_db: tuple[float, float]) -> np.ndarray:
-    """Return noise float32 `[S]` that falls off towards high frequencies, at a level drawn in dB of full scale."""
-    smoothing = 8
-    noise = rng.standard_normal(num_samples + smoothing - 1, dtype=np.float32)
-    noise = np.convolve(noise, np.full(smoothing, smoothing**-0.5, dtype=np.float32), mode="valid")
-    return noise * np.float32(10.0 ** (rng.uniform(*level_db) / 20.0))
 
 
 def words_of(conversation: Conversation, words_in: Callable[[Clip], Sequence[dict]]) -> list[dict]:

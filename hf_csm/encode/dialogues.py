@@ -23,9 +23,10 @@ import numpy as np
 import soundfile
 import soxr
 
+from hf_csm.data.audio import room_tone
 from hf_csm.data.labels import UNLABELLED
 from hf_csm.data.table import read_card_metadata
-from hf_csm.encode.compose import MOSHI, USER, Clip, Composition, Conversation, Turn, room_tone
+from hf_csm.encode.compose import MOSHI, USER, Clip, Composition, Conversation, Turn
 from hf_csm.encode.dialogue_rows import Alignment, read_alignments, read_rows
 from hf_csm.encode.prepared_corpus import EncodeReport, count_cells
 from hf_csm.encode.run import encode_units

@@ -11,7 +11,7 @@ import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMGen, LMModel
 
-from hf_csm.encode.compose import room_tone
+from hf_csm.data.audio import room_tone
 from hf_csm.units import SAMPLES_PER_FRAME
 
 

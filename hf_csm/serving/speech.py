@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from hf_csm.data.audio import read_audio, resample
+from hf_csm.data.audio import read_audio, resample, room_tone
 from hf_csm.data.text import normalise_text, split_words
-from hf_csm.encode.compose import room_tone
 from hf_csm.errors import UserError
 from hf_csm.evaluation.generate import ROOM_TONE_DB
 from hf_csm.models.moshi.engine import Frame
