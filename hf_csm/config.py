@@ -1,7 +1,7 @@
-"""Every option of a training run, once. `config_parser` reads them from a YAML file and the command line.
+"""All options of a training run. `config_parser` reads them from a YAML file and the command line.
 
-The text under a field is its `--help`. The fine-tuning guide's keys (`moshi_paths`, `dataset`, `lora`, `training`,
-`optimizer`, `scheduler`, `advanced`) are valid as they stand.
+The docstring under a field is its `--help`. The groups have the names of the fine-tuning guide (`moshi_paths`,
+`dataset`, `lora`, `training`, `optimizer`, `scheduler`, `advanced`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class MoshiPaths:
     """The base model."""
 
     hf_repo_id: str = "kyutai/moshiko-pytorch-bf16"
-    """Hub repository, or local folder in the same layout, of the base model, its Mimi codec and its tokenizer."""
+    """Base model with its Mimi codec and tokenizer: a Hub repository, or a local folder with the same files."""
     revision: Optional[str] = None
     """Branch, tag or commit of the Hub repository; null for its main branch."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the frozen base weights. Adapter weights are float32 in either case."""
+    """Data type of the frozen base weights. Adapter weights are always float32."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Source:
     """One table of codes in the mixture."""
 
     path: str
-    """Table of codes: a folder, a Hub dataset `user/name`, or a JSONL manifest, which training encodes first."""
+    """Table of codes: a folder, a Hub dataset `user/name`, or a JSONL manifest, which is encoded before training."""
     weight: float = 1.0
     """Factor on the probability of drawing from this table, before `max_repeats`."""
     revision: Optional[str] = None
@@ -49,14 +49,14 @@ class Source:
 
 @dataclass
 class Balance:
-    """How often each cell is drawn: `weight * seconds ** temperature`, normalised."""
+    """Sampling probability of each group of windows: `weight * seconds ** temperature`, normalized."""
 
     by: list[Trait] = field(default_factory=lambda: ["corpus", "emotion"])
-    """A cell is the windows that agree in these; give fewer or more, such as [corpus, emotion, speaker]."""
+    """Columns that define a group; fewer or more are possible, such as [corpus, emotion, speaker]."""
     temperature: float = 0.5
     """1 draws emotions as recorded, 0 draws them equally often."""
     max_repeats: float = 4.0
-    """Most passes over a small cell while the whole mixture is passed once; what it gives up goes to the others."""
+    """Maximum passes over a small group per pass over the mixture; the excess goes to the other groups."""
 
     def __post_init__(self) -> None:
         if not self.by or len(set(self.by)) < len(self.by):
@@ -67,52 +67,51 @@ class Balance:
 
 @dataclass
 class Replay:
-    """Ordinary dialogues, mixed in so that the model keeps what it could do before. No filter or balance applies."""
+    """Ordinary dialogues mixed in against forgetting. Filters and balancing do not apply to them."""
 
     manifest_path: str
-    """Table of codes, as in `sources`; its training split is used."""
+    """Table of codes, as in `sources`. Its training split is used."""
     fraction: float
-    """Share of the drawn windows that are from here."""
+    """Share of the training windows drawn from this table."""
 
 
 @dataclass
 class DatasetConfig:
-    """What the model hears and how it is told which emotion to speak with."""
+    """Training data, batches and emotion conditioning."""
 
     manifest_path: Optional[str] = None
-    """Table of codes to train on: a folder, a Hub id or a JSONL manifest. Short for one entry of `sources`."""
+    """Table of codes to train on: a folder, a Hub id or a JSONL manifest. Shorthand for one entry in `sources`."""
     val_manifest_path: Optional[str] = None
     """Table of codes whose validation split is evaluated; null for the validation splits of the training tables."""
     sources: list[Source] = field(default_factory=list)
-    """Tables of codes with their weights, to train on several at once."""
+    """Tables of codes with their weights, to train on several."""
     duration_sec: float = 80.0
-    """Longest window in seconds. Longer conversations are cut at this length, with a warning."""
+    """Maximum window length in seconds. Longer conversations are truncated, with a warning."""
     batch_size: int = 8
     """A micro-batch holds up to `batch_size * duration_sec` seconds of audio, padding included."""
     batch_by_length: bool = True
-    """Put windows of like length together; false takes `batch_size` windows as they are drawn."""
+    """Batch windows of similar length together; false takes `batch_size` windows in the order drawn."""
     balance: Balance = field(default_factory=Balance)
-    """Weights of the cells."""
     replay: Optional[Replay] = None
     """Ordinary dialogues to mix in; null for none."""
     emotions: Optional[list[str]] = None
-    """Train on these emotions only; null for all. With `control: none` this gives one adapter per emotion."""
+    """Train on these emotions only; null for all. With `control: none`, this trains one adapter per emotion."""
     languages: Optional[list[str]] = None
     """Train on these languages only, such as [en]; null for all."""
     speakers: Optional[list[str]] = None
-    """Train on these speakers only, such as [ravdess-01]; null for all. Validation keeps its own."""
+    """Train on these speakers only, such as [ravdess-01]; null for all. Validation is not filtered."""
     control: Literal["prefix", "none"] = "prefix"
-    """`prefix` names the emotion in the first frames of the text stream; `none` does not."""
+    """`prefix` writes the emotion into the first frames of the text stream; `none` does not."""
     prefix_template: str = "({emotion})"
     """Text of the prefix."""
     prefix_dropout: float = 0.1
-    """Share of the training windows without prefix, so that guidance is possible later."""
+    """Share of training windows without the prefix, which allows classifier-free guidance."""
 
     def __post_init__(self) -> None:
         _at_least("dataset.duration_sec", self.duration_sec, 1.0)
         _at_least("dataset.batch_size", self.batch_size, 1)
         _share("dataset.prefix_dropout", self.prefix_dropout)
-        if self.replay is not None:  # not in its own class: there, the parser would bury the message in its own
+        if self.replay is not None:  # not in Replay: jsonargparse would nest the message in its own
             _share("dataset.replay.fraction", self.replay.fraction, below_one=True)
             if not self.replay.manifest_path:
                 raise UserError("dataset.replay.manifest_path is empty.", "Name a table, or null for no replay.")
@@ -123,11 +122,13 @@ class DatasetConfig:
         if not names_emotion:
             raise UserError(
                 f"dataset.prefix_template is {self.prefix_template!r}.",
-                "Put {emotion} where the emotion's name goes, and no other braces.",
+                "Put {emotion} where the name of the emotion goes, with no other braces.",
             )
         for name in ("emotions", "languages", "speakers"):
             if getattr(self, name) == []:
-                raise UserError(f"dataset.{name} is empty: nothing would be left.", "Name some, or null for all.")
+                raise UserError(
+                    f"dataset.{name} is empty, which excludes everything.", "Name some, or give null for all."
+                )
         if self.manifest_path and self.sources:
             raise UserError(
                 "dataset.manifest_path and dataset.sources are both given.",
@@ -135,13 +136,13 @@ class DatasetConfig:
             )
 
     def training_sources(self) -> list[Source]:
-        """Return the tables to train on, from whichever of the two options names them."""
+        """Return the tables to train on, from `sources` or `manifest_path`."""
         if self.manifest_path:
             return [Source(self.manifest_path)]
         if not self.sources:
             raise UserError(
-                "The run names no training data.",
-                "Set dataset.manifest_path (or dataset.sources) to a folder that `hf-csm encode` wrote.",
+                "No training data is configured.",
+                "Set dataset.manifest_path (or dataset.sources) to a folder written by `hf-csm encode`.",
             )
         return self.sources
 
@@ -150,47 +151,36 @@ class DatasetConfig:
 class LoraSettings:
     """The adapter."""
 
-    enable: bool = True
-    """Only adapters are trained: false is an error."""
     rank: int = 128
-    """Rank of every adapter matrix pair."""
+    """Rank of the LoRA matrices."""
     alpha: float = 256.0
-    """The update is scaled by `alpha / rank`."""
-    scaling: Optional[float] = None
-    """The same scale said directly, as moshi does. Must equal `alpha / rank` if given."""
+    """The LoRA update is scaled by `alpha / rank`."""
     dropout: float = 0.0
-    """Dropout on the input of the adapters."""
+    """Dropout probability on the input of the LoRA layers."""
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    """Modules to adapt in the temporal and the depth transformer, by their common or by moshi's own names, or
-    `all-linear` for every linear layer, heads included."""
+    """Modules to adapt in the temporal and the depth transformer, by their common names or moshi's own;
+    `all-linear` for every linear layer, including the heads."""
 
     def __post_init__(self) -> None:
         _at_least("lora.rank", self.rank, 1)
         _at_least("lora.alpha", self.alpha, 0.0, above=True)
         _share("lora.dropout", self.dropout, below_one=True)
-        if not self.enable:
-            raise UserError("lora.enable is false.", "Set it to true: training the whole base model is not supported.")
-        if self.scaling is not None and abs(self.scaling - self.alpha / self.rank) > 1e-6:
-            raise UserError(
-                f"lora.scaling is {self.scaling:g}, but lora.alpha / lora.rank is {self.alpha / self.rank:g}.",
-                "Leave lora.scaling out, or make the three agree.",
-            )
 
 
 @dataclass
 class LossConfig:
-    """Weight of each token in the loss; the sum is divided by the weights of the whole optimizer step."""
+    """Token weights in the loss. The weighted sum is divided by the total weight of the optimizer step."""
 
     text_weight: float = 17.0
-    """Weight of a text token. 17 gives text as much of a frame's loss as the audio with the weights below."""
+    """Weight of a text token. 17 equals the total weight of the audio tokens of a frame at the defaults below."""
     text_padding_weight: float = 0.5
-    """Factor on that weight where the target is text padding."""
+    """Factor on `text_weight` where the target is text padding."""
     first_codebook_weight: float = 10.0
-    """Weight of codebook 0, the semantic one."""
+    """Weight of codebook 0, the semantic codebook."""
     other_codebooks_weight: float = 1.0
-    """Weight of each other codebook, where timbre and prosody live."""
+    """Weight of each acoustic codebook (timbre and prosody)."""
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
@@ -199,31 +189,31 @@ class LossConfig:
 
 @dataclass
 class TrainingConfig:
-    """Length of the run and what happens along the way."""
+    """Training length, checkpoints, evaluation and logging."""
 
     max_steps: int = 3000
     """Optimizer steps."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches of each process in an optimizer step."""
+    """Micro-batches per process and optimizer step."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    """Maximum gradient norm for clipping; 0 disables clipping."""
     save_every: int = 500
-    """Steps between checkpoints; the last step always writes one."""
+    """Steps between checkpoints. The last step is always saved."""
     keep_checkpoints: int = 3
-    """Newest checkpoints to keep, besides the one with the lowest evaluation loss; 0 keeps all."""
+    """Number of recent checkpoints to keep, in addition to the best one; 0 keeps all."""
     eval_every: int = 100
-    """Steps between evaluations on the validation split; 0 for none."""
+    """Steps between evaluations on the validation split; 0 disables evaluation."""
     eval_windows: int = 64
-    """Most validation windows in an evaluation, all processes together."""
+    """Maximum number of validation windows per evaluation, over all processes."""
     log_every: int = 1
-    """Steps between lines in metrics.jsonl and the trackers."""
+    """Steps between log entries in metrics.jsonl and the trackers."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where metrics also go: tensorboard, wandb, trackio."""
+    """Experiment trackers: tensorboard, wandb, trackio."""
     push_to_hub: Optional[str] = None
-    """Hub repository `user/name` that gets the adapter at the end, the best one if there are evaluations. Whether it
-    may be pushed there is checked before the first step."""
+    """Hub repository `user/name` to push the adapter to after training (the best checkpoint if there are
+    evaluations). Permissions and licenses are checked before the first step."""
     hub_private: bool = False
-    """Make that repository a private one. What may not be published can be kept there."""
+    """Create the Hub repository as private. Adapters that may not be published can be pushed to a private one."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "gradient_accumulation_steps", "save_every", "log_every", "eval_windows"):
@@ -231,7 +221,9 @@ class TrainingConfig:
         for name in ("eval_every", "keep_checkpoints", "max_grad_norm"):
             _at_least(f"training.{name}", getattr(self, name), 0)
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
-            raise UserError(f"training.push_to_hub is {self.push_to_hub!r}.", "Give USER/NAME, or null for no push.")
+            raise UserError(
+                f"training.push_to_hub is {self.push_to_hub!r}.", "Give USER/NAME, or null to disable the push."
+            )
         unknown = sorted(set(self.trackers) - {"tensorboard", "wandb", "trackio"})
         if unknown:
             raise UserError(
@@ -241,16 +233,14 @@ class TrainingConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer."""
+    """AdamW with float32 states."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW in float32."""
     lr: float = 4e-6
     """Peak learning rate."""
     weight_decay: float = 0.1
     """Decoupled weight decay on the adapter weights."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the gradient's first and second moment."""
+    """Exponential decay rates of the first and second moment."""
 
     def __post_init__(self) -> None:
         _at_least("optimizer.lr", self.lr, 0.0, above=True)
@@ -261,12 +251,12 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    """Learning rate over the run: linear warm-up, then half a cosine."""
+    """Learning rate schedule: linear warm-up, then cosine decay."""
 
     num_warmup_steps: int = 100
-    """Steps from 0 to the peak."""
+    """Warm-up steps."""
     min_lr_ratio: float = 0.0
-    """Share of the peak that is left at the last step."""
+    """Final learning rate as a fraction of the peak."""
 
     def __post_init__(self) -> None:
         _at_least("scheduler.num_warmup_steps", self.num_warmup_steps, 0)
@@ -275,10 +265,10 @@ class SchedulerConfig:
 
 @dataclass
 class AdvancedConfig:
-    """Memory against speed."""
+    """Memory and speed trade-offs."""
 
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass to save memory."""
 
 
 @dataclass
@@ -286,11 +276,11 @@ class RunConfig:
     """A training run."""
 
     run_dir: str = "checkpoints/expressive"
-    """Folder of the run: config.yaml, metrics.jsonl, logs/ and the checkpoints."""
+    """Output folder: config.yaml, metrics.jsonl, logs/ and checkpoints."""
     seed: int = 0
-    """Seed of the adapter's first weights, the order of the data and dropout."""
+    """Seed of the adapter initialization, the data order and dropout."""
     resume_from_checkpoint: Optional[str] = None
-    """Checkpoint to go on from; `latest` for the newest in run_dir, or a fresh start if there is none."""
+    """Checkpoint to resume from; `latest` for the newest in run_dir (a fresh start if there is none)."""
     moshi_paths: MoshiPaths = field(default_factory=MoshiPaths)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -305,7 +295,7 @@ class RunConfig:
 
 
 def _at_least(name: str, value: float, minimum: float, *, above: bool = False) -> None:
-    if not (minimum < value < math.inf if above else minimum <= value < math.inf):  # written so that NaN fails
+    if not (minimum < value < math.inf if above else minimum <= value < math.inf):  # so that NaN fails
         raise UserError(f"{name} is {value}.", f"Give a number {'above' if above else 'of at least'} {minimum:g}.")
 
 

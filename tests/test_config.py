@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_csm.config import Replay, RunConfig, Source
 from hf_csm.config_parser import dump_run_config, parse_run_config
@@ -62,6 +63,22 @@ advanced: {gradient_checkpointing: true}
     assert config.optimizer.lr == 4e-6
 
 
+def test_the_guides_keys_that_leave_no_choice_are_no_options_of_the_run(tmp_path):
+    arguments = ["--lora.enable", "true", "--lora.scaling=2", "--optimizer.name", "adamw"]
+    assert parse_run_config(arguments) == parse_run_config([])
+    assert not {"enable", "scaling", "name"} & {*vars(RunConfig().lora), *vars(RunConfig().optimizer)}
+    with pytest.raises(UserError, match="lora.scaling is 2"):
+        parse_run_config([*arguments, "--lora.rank", "64"])
+
+
+def test_a_config_yaml_written_with_those_keys_still_loads(tmp_path):
+    tree = yaml.safe_load(dump_run_config(RunConfig()))
+    tree["lora"] |= {"enable": True, "scaling": None}
+    tree["optimizer"]["name"] = "adamw"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert parse_run_config(["--config", str(tmp_path / "config.yaml")]) == RunConfig()
+
+
 def test_the_command_line_overrides_the_yaml():
     config = parse_run_config(["--config", str(ROOT / GUIDE), "--lora.rank", "64", "--resume-from-checkpoint=latest"])
     assert config.lora.rank == 64
@@ -103,11 +120,14 @@ def test_dump_reads_back_the_same(tmp_path):
         ("rank: 8", "rank", "lora.rank"),
         ("lora: {rank: eight}", "lora.rank", "--help"),
         ("lora: {rank: 8, alpha: 16, scaling: 1.0}", "lora.scaling is 1", "agree"),
+        ("lora: {enable: false}", "lora.enable is false", "true"),
+        ("lora: {enable: maybe}", "lora.enable", "--help"),
+        ("optimizer: {name: sgd}", "optimizer.name", "--help"),
         ("dataset: {sources: [{pth: a}]}", "pth", "--help"),
         ("dataset: {control: loud}", "dataset.control", "--help"),
         ("dataset: {balance: {by: []}}", "dataset.balance.by is []", "corpus, emotion"),
         ("dataset: {balance: {by: [emotion, emotion]}}", "['emotion', 'emotion']", "corpus, emotion"),
-        ("dataset: {balance: {by: [colour]}}", "colour", "--help"),
+        ("dataset: {balance: {by: [hue]}}", "hue", "--help"),
         ("dataset: {replay: {manifest_path: a, fraction: 1}}", "dataset.replay.fraction is 1", "below 1"),
         ("dataset: {replay: {manifest_path: a, fractoin: 0.1}}", "replay.fractoin", "replay.fraction?"),
         ("dataset: {replay: {fraction: 0.1}}", "manifest_path", "--help"),
@@ -116,7 +136,7 @@ def test_dump_reads_back_the_same(tmp_path):
             "dataset.replay.manifest_path is empty",
             "Name a table",
         ),
-        ("dataset: {speakers: []}", "dataset.speakers is empty", "null for all"),
+        ("dataset: {speakers: []}", "dataset.speakers is empty", "null"),
         ("dataset: {sources: [{path: a, weight: 0}]}", "dataset.sources.weight is 0", "above 0"),
         ("training: {max_steps: 0}", "training.max_steps is 0", "at least 1"),
         ("training: {trackers: [mlflow]}", "mlflow", "tensorboard"),
@@ -168,8 +188,8 @@ def test_a_missing_configuration_file_is_named():
         parse_run_config(["--config", "nowhere.yaml"])
 
 
-def test_a_run_without_data_says_so():
-    with pytest.raises(UserError, match="no training data"):
+def test_a_run_without_data_is_an_error():
+    with pytest.raises(UserError, match="No training data"):
         parse_run_config([]).dataset.training_sources()
 
 
