@@ -1,122 +1,50 @@
 """Tables of codes to one endless, balanced stream of micro-batches.
 
-`datasets.interleave_datasets` draws references to windows from the cells; the codes behind a reference are read when
-its micro-batch is laid out. The sequence of micro-batches is a pure function of the options and the seed, the same for
-every number of processes: process r of W takes the micro-batches r, r + W, r + 2W, ... So a run goes on from its step
-alone, and two processes see together what one process would.
+`groups.draw_rows` draws row numbers; the codes of a window are read when its micro-batch is laid out. The sequence of
+micro-batches is a pure function of the options and the seed, the same for every number of processes: process r of W
+takes the micro-batches r, r + W, r + 2W, ... So a run resumes from its step number alone, and W processes together
+train on what one process would.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 
-import datasets
 import numpy as np
 
-from hf_csm.config import Balance, DatasetConfig
+from hf_csm.config import DatasetConfig
 from hf_csm.data.labels import UNLABELLED
 from hf_csm.errors import UserError
 from hf_csm.mixture.collate import Batch, collate
-from hf_csm.mixture.windows import Cell, WindowTable
+from hf_csm.mixture.groups import Group, draw_rows, group_probabilities
+from hf_csm.mixture.windows import WindowTable
 from hf_csm.models.family import Layout, Window
 from hf_csm.models.moshi.layout import Tokenize, lay_out
-from hf_csm.units import Frames, Seconds, seconds_to_frames
+from hf_csm.units import Frames, seconds_to_frames
 
 
 POOL_BATCHES = 32
 """Micro-batches' worth of windows that are sorted by length at a time."""
 
 
-def mix(table: WindowTable, config: DatasetConfig) -> tuple[list[Cell], np.ndarray]:
-    """Return the cells, replay last, and the probability `[cells]` that a drawn window is from each.
+def mix(table: WindowTable, config: DatasetConfig) -> tuple[list[Group], np.ndarray]:
+    """Return the groups, replay last, and the probability `[groups]` that a drawn window is from each.
 
     Raises:
         UserError: the filters leave no window.
     """
-    cells = table.cells(config.balance.by)
-    if not cells:
+    groups = table.groups(config.balance.by)
+    if not groups:
         raise UserError(
             "No training windows are left.",
             "Check dataset.manifest_path, dataset.sources and the filters: dataset.emotions, languages, speakers.",
         )
-    probabilities = cell_probabilities(cells, config.balance)
+    probabilities = group_probabilities(groups, config.balance)
     if config.replay is None or not config.replay.fraction:
-        return cells, probabilities
+        return groups, probabilities
     fraction = config.replay.fraction
-    return [*cells, table.replay_cell()], np.append((1 - fraction) * probabilities, fraction)
-
-
-def cell_probabilities(cells: Sequence[Cell], balance: Balance) -> np.ndarray:
-    """Return the probability `[cells]` of drawing from each: `weight * seconds ** temperature`, normalised and capped.
-
-    A cell that spans several tables has their mean weight by seconds, and its windows are drawn in proportion to
-    weight x seconds of each. What would be passed more than `max_repeats` times while as many seconds are drawn as the
-    mixture has is held there; what that cuts goes to the others in proportion.
-    """
-    seconds = np.array([cell.duration_s for cell in cells])
-    window_s = seconds / [len(cell.rows) for cell in cells]
-    seconds_of_cell: dict[tuple[str, ...], Seconds] = defaultdict(float)
-    for cell in cells:
-        seconds_of_cell[cell.names] += cell.duration_s
-    total = np.array([seconds_of_cell[cell.names] for cell in cells])
-    weights = np.array([cell.weight for cell in cells])
-    weights = np.maximum(weights / weights.max(), 1e-100)  # no sum or product of them overflows, none is 0
-    drawn = weights * seconds * total ** (balance.temperature - 1)
-
-    # Repeats are counted in seconds, windows differ in length: so the caps hold for shares of the seconds.
-    wanted = drawn * window_s
-    caps = balance.max_repeats * seconds / seconds.sum()  # these sum to max_repeats >= 1, so a solution exists
-    capped = np.zeros(len(cells), dtype=bool)
-    while True:
-        left = 1.0 - caps[capped].sum()
-        shares = np.where(capped, caps, left * wanted / wanted[~capped].sum())
-        over = (shares > caps) & ~capped
-        if not over.any() or (over | capped).all():
-            return shares / window_s / (shares / window_s).sum()
-        capped |= over
-
-
-def expected_repeats(cells: Sequence[Cell], probabilities: np.ndarray) -> np.ndarray:
-    """Return how often each cell `[cells]` is passed in an epoch.
-
-    An epoch draws as many seconds from the balanced cells as they hold; what it draws from replay comes on top.
-    """
-    num_windows = np.array([len(cell.rows) for cell in cells])
-    seconds = np.array([cell.duration_s for cell in cells])
-    is_balanced = np.array([not cell.is_replay for cell in cells])
-    drawn_s = (probabilities * seconds / num_windows)[is_balanced].sum()  # by one draw, from the balanced cells
-    return seconds[is_balanced].sum() / drawn_s * probabilities / num_windows
-
-
-def draw_windows(cells: Sequence[Cell], probabilities: Sequence[float], seed: int) -> Iterator[int]:
-    """Yield rows of the table without end; each pass over a cell is in a new order."""
-    features = datasets.Features({"row": datasets.Value("int64")})
-    streams = [
-        datasets.IterableDataset.from_generator(
-            _passes, features=features, gen_kwargs={"rows": cell.rows, "seed": seed, "number": number}
-        )
-        for number, cell in enumerate(cells)
-    ]
-    mixture = datasets.interleave_datasets(
-        streams, probabilities=list(probabilities), seed=seed, stopping_strategy="first_exhausted"
-    )
-    for example in mixture:
-        yield example["row"]
-
-
-def _passes(rows: np.ndarray, seed: int, number: int) -> Iterator[dict[str, int]]:
-    """Yield the rows of a cell pass after pass.
-
-    A function of its own, because `datasets` hashes everything that a generator can reach: in a closure over all cells
-    that takes minutes for a thousand of them.
-    """
-    epoch = 0
-    while True:
-        for row in np.random.default_rng([seed, number, epoch]).permutation(rows):
-            yield {"row": int(row)}
-        epoch += 1
+    return [*groups, table.replay_group()], np.append((1 - fraction) * probabilities, fraction)
 
 
 def group_by_length(
@@ -167,7 +95,7 @@ class MixtureLoader:
     ):
         self.table, self.layout, self.tokenize, self.config = table, layout, tokenize, config
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.cells, self.probabilities = mix(table, config)
+        self.groups, self.probabilities = mix(table, config)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield this process's micro-batches without end.
@@ -180,7 +108,7 @@ class MixtureLoader:
             yield collate([self._window(draw, row) for draw, row in group], self.layout)
 
     def _groups(self) -> Iterator[list[tuple[int, int]]]:
-        rows = draw_windows(self.cells, self.probabilities.tolist(), self.seed)
+        rows = draw_rows(self.groups, self.probabilities, self.seed)
         batch_size = self.config.batch_size
         if not self.config.batch_by_length:
             draws = enumerate(rows)

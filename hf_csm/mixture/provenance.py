@@ -109,8 +109,8 @@ def corpora_of(config: DatasetConfig) -> list[CorpusTerms]:
 def count_windows(corpora: Sequence[CorpusTerms], table: WindowTable) -> list[CorpusTerms]:
     """Return the same with the windows of `table`, which was opened for the same configuration."""
     rows: dict[tuple[str, bool], list[int]] = {}
-    for is_replay, cells in ((False, table.cells(["corpus"])), (True, [table.replay_cell()])):
-        for row in (int(row) for cell in cells for row in cell.rows):
+    for is_replay, groups in ((False, table.groups(["corpus"])), (True, [table.replay_group()])):
+        for row in (int(row) for group in groups for row in group.rows):
             rows.setdefault((table.corpora[row], is_replay), []).append(row)
     known = {(terms.corpus, terms.replay): terms for terms in reversed(corpora)}
     counted = []

@@ -1,4 +1,4 @@
-"""What training will see, before it does: the cells of the mixture as a table and as a picture."""
+"""What training will see, before it does: the groups of the mixture as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 from hf_csm.config import DatasetConfig, RunConfig
 from hf_csm.data.table import CARD_NAME
 from hf_csm.errors import UserError
-from hf_csm.mixture.loader import expected_repeats, mix
+from hf_csm.mixture.groups import Group, expected_repeats
+from hf_csm.mixture.loader import mix
 from hf_csm.mixture.windows import (
-    Cell,
     WindowTable,
     held_out_table,
     is_manifest,
@@ -26,14 +26,14 @@ from hf_csm.mixture.windows import (
 from hf_csm.units import Seconds, frames_to_seconds
 
 
-MOST_CELLS = 60
-"""Cells that are shown one by one, those with most hours; the others are summed up."""
+MAX_GROUPS = 60
+"""Groups that are shown one by one, those with most hours; the others are summed up."""
 REST = "others"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A cell of the mixture, or several together.
+    """A group of the mixture, or several together.
 
     Attributes:
         names: its corpus, emotion or what else the mixture is balanced by.
@@ -55,15 +55,15 @@ class Description:
     """The mixture of a run.
 
     Attributes:
-        by: traits that make a cell.
-        cells: in order of name.
+        by: traits that make a group.
+        groups: in order of name.
         replay: the dialogues for replay, if there are any.
         split_s: length of the windows of each split; `train` without replay.
         notes: filters and what else is worth knowing.
     """
 
     by: tuple[str, ...]
-    cells: list[Line]
+    groups: list[Line]
     replay: Line | None
     max_repeats: float
     split_s: dict[str, Seconds]
@@ -71,17 +71,17 @@ class Description:
 
     @property
     def sources(self) -> Line:
-        """All cells together."""
-        return replace(_sum_up(("all",), self.cells), is_capped=False)
+        """All groups together."""
+        return replace(_sum_up(("all",), self.groups), is_capped=False)
 
     def shown(self) -> list[Line]:
-        """Return a line for each cell, or for the largest ones and one for the rest."""
-        if len(self.cells) <= MOST_CELLS:
-            return self.cells
-        largest = {id(line) for line in sorted(self.cells, key=lambda line: -line.duration_s)[: MOST_CELLS - 1]}
-        rest = [line for line in self.cells if id(line) not in largest]
+        """Return a line for each group, or for the largest ones and one for the rest."""
+        if len(self.groups) <= MAX_GROUPS:
+            return self.groups
+        largest = {id(line) for line in sorted(self.groups, key=lambda line: -line.duration_s)[: MAX_GROUPS - 1]}
+        rest = [line for line in self.groups if id(line) not in largest]
         return [
-            *(line for line in self.cells if id(line) in largest),
+            *(line for line in self.groups if id(line) in largest),
             _sum_up((f"{len(rest)} {REST}",), rest),
         ]
 
@@ -92,8 +92,8 @@ class Description:
         names = [[line.names[i] if i < len(line.names) else "" for i in columns] for line in lines]
         widths = [max(12, len(self.by[i]), *(len(row[i]) for row in names)) + 2 for i in columns]
 
-        def left(cells: Sequence[str]) -> str:
-            return "".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        def left(texts: Sequence[str]) -> str:
+            return "".join(text.ljust(width) for text, width in zip(texts, widths, strict=True))
 
         text = [f"{left(self.by)}{'windows':>9}{'hours':>9}{'drawn':>9}{'repeats':>9}"]
         for line, row in zip(lines, names, strict=True):
@@ -101,18 +101,18 @@ class Description:
                 f"{left(row)}{line.num_windows:>9,}{line.duration_s / 3600:>9.2f}{line.probability:>9.1%}"
                 f"{line.repeats:>9.2f}{' *' if line.is_capped else ''}"
             )
-        if any(line.is_capped for line in self.cells):
+        if any(line.is_capped for line in self.groups):
             text.append(f"* held at dataset.balance.max_repeats {self.max_repeats:g}")
         more = self.replay.repeats * self.replay.duration_s / 3600 if self.replay else 0.0
         text.append(
-            f"repeats: passes over a cell in an epoch, which draws {self.sources.duration_s / 3600:.2f} hours"
+            f"repeats: passes over a group in an epoch, which draws {self.sources.duration_s / 3600:.2f} hours"
             + (f" and {more:.2f} hours of replay" if self.replay else "")
         )
         text.append("hours: " + ", ".join(f"{split} {s / 3600:.2f}" for split, s in self.split_s.items()))
         return "\n".join([*text, *self.notes])
 
     def draw(self, path: Path) -> None:
-        """Draw the description as PNG: hours and draws of each cell, and its expected repeats."""
+        """Draw the description as PNG: hours and draws of each group, and its expected repeats."""
         import matplotlib.style
         from matplotlib.figure import Figure  # without pyplot: no display, no state
 
@@ -184,29 +184,29 @@ def describe(config: RunConfig) -> Description:
 
     dataset = with_tables(config.dataset, table_of)
     train = training_table(dataset, None)
-    cells, probabilities = mix(train, dataset)
+    groups, probabilities = mix(train, dataset)
     held_out = {split: held_out_table(dataset, split, None) for split in ("validation", "test")}
-    return describe_mixture(cells, probabilities, dataset, {"train": train, **held_out})
+    return describe_mixture(groups, probabilities, dataset, {"train": train, **held_out})
 
 
 def describe_mixture(
-    cells: Sequence[Cell], probabilities: np.ndarray, config: DatasetConfig, tables: Mapping[str, WindowTable]
+    groups: Sequence[Group], probabilities: np.ndarray, config: DatasetConfig, tables: Mapping[str, WindowTable]
 ) -> Description:
-    """Describe cells and probabilities as `mix` gives them.
+    """Describe groups and probabilities as `mix` gives them.
 
     Args:
         tables: of the splits.
     """
-    repeats = expected_repeats(cells, probabilities)
+    repeats = expected_repeats(groups, probabilities)
     lines: dict[tuple[str, ...], list[Line]] = {}
     replay = None
-    for cell, probability, times in zip(cells, probabilities.tolist(), repeats.tolist(), strict=True):
-        is_capped = not cell.is_replay and times > config.balance.max_repeats * (1 - 1e-6)
-        line = Line(cell.names, len(cell.rows), cell.duration_s, probability, times, is_capped)
-        if cell.is_replay:
+    for group, probability, times in zip(groups, probabilities.tolist(), repeats.tolist(), strict=True):
+        is_capped = not group.is_replay and times > config.balance.max_repeats * (1 - 1e-6)
+        line = Line(group.names, len(group.rows), group.duration_s, probability, times, is_capped)
+        if group.is_replay:
             replay = line
         else:
-            lines.setdefault(cell.names, []).append(line)
+            lines.setdefault(group.names, []).append(line)
     split_s = {split: frames_to_seconds(int(table.num_frames.sum())) for split, table in tables.items()}
     if replay is not None:
         split_s["train"] -= replay.duration_s
@@ -220,7 +220,7 @@ def describe_mixture(
         notes.append(f"{tables['train'].num_cut} training windows are cut at {config.duration_sec:g} s.")
     return Description(
         by=tuple(config.balance.by),
-        cells=[_sum_up(names, parts) for names, parts in lines.items()],
+        groups=[_sum_up(names, parts) for names, parts in lines.items()],
         replay=replay,
         max_repeats=config.balance.max_repeats,
         split_s=split_s,

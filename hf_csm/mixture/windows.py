@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from hf_csm.config import DatasetConfig, Source, Trait
-from hf_csm.data.labels import EMOTIONS, UNLABELLED
-from hf_csm.data.table import ParquetRows, nested_to_numpy, read_card_metadata, read_columns, split_files
+from hf_csm.data.labels import EMOTIONS
+from hf_csm.data.table import ParquetRows, nested_to_numpy, read_card_metadata, split_files
 from hf_csm.errors import UserError
 from hf_csm.hub import check_whole, find_table
-from hf_csm.units import Frames, Seconds, frames_to_seconds, seconds_to_frames
+from hf_csm.mixture.groups import Group, make_groups, read_traits
+from hf_csm.units import FRAME_RATE, Frames, Seconds, frames_to_seconds, seconds_to_frames
 
 
 MOST_CHOICES = 12
 """Values that a message lists at the most; there may be thousands of speakers."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Windows that agree in the traits the mixture is balanced by, those of one table.
-
-    A cell that spans several tables is several of these, with the same names.
-
-    Attributes:
-        names: the values of the traits.
-        weight: of the table.
-        rows: `[N]` rows of the `WindowTable`.
-        duration_s: of all its windows together.
-        is_replay: whether these are the dialogues for replay, which no balance applies to.
-    """
-
-    names: tuple[str, ...]
-    weight: float
-    rows: np.ndarray
-    duration_s: Seconds
-    is_replay: bool = False
 
 
 class WindowTable:
@@ -105,7 +84,9 @@ class WindowTable:
         self.num_read = [0] * len(self._sources)
         lengths: list[Frames] = []
         for file_index, (file, source) in enumerate(files):
-            for row_index, (corpus, emotion, speaker, language, num_frames) in enumerate(_read_labels(file)):
+            for row_index, (corpus, emotion, speaker, language, num_frames) in enumerate(
+                read_traits(file, "num_frames")
+            ):
                 self.num_read[source] += 1
                 if source < self._num_balanced:
                     labels = {"emotions": emotion, "languages": language, "speakers": speaker}
@@ -136,27 +117,21 @@ class WindowTable:
         row["codes"] = nested_to_numpy(table.column("codes"))[0]
         return row
 
-    def cells(self, by: Sequence[Trait] = ("corpus", "emotion")) -> list[Cell]:
-        """Return the cells in order of name; replay is in none of them."""
-        of_trait: dict[str, Sequence[str | None]] = {
+    def groups(self, by: Sequence[Trait] = ("corpus", "emotion")) -> list[Group]:
+        """Return the groups in order of name; replay is in none of them."""
+        traits: dict[Trait, Sequence[str | None]] = {
             "corpus": self.corpora,
             "emotion": self.emotions,
             "speaker": self.speakers,
             "language": self.languages,
         }
-        members: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
-        names_of = zip(*(of_trait[trait] for trait in by), strict=True)
-        for i, (source, names) in enumerate(zip(self._source_of, names_of, strict=True)):
-            if source < self._num_balanced:
-                members[tuple(name or UNLABELLED for name in names), source].append(i)
-        return [
-            self._cell(names, self._sources[source].weight, rows) for (names, source), rows in sorted(members.items())
-        ]
+        weights = [source.weight for source in self._sources[: self._num_balanced]]
+        return make_groups(traits, self._source_of, weights, self.num_frames, FRAME_RATE, by)
 
-    def replay_cell(self) -> Cell:
+    def replay_group(self) -> Group:
         """Return the windows of the replay table."""
-        rows = [i for i, source in enumerate(self._source_of) if source == self._num_balanced]
-        return self._cell(("replay",), 1.0, rows, is_replay=True)
+        rows = np.flatnonzero(np.array(self._source_of) == self._num_balanced)
+        return Group(("replay",), 1.0, rows, frames_to_seconds(int(self.num_frames[rows].sum())), is_replay=True)
 
     def left_out(self) -> list[str]:
         """Say of each source that the filters take windows from how many these are."""
@@ -185,10 +160,6 @@ class WindowTable:
                         + (f"There are {', '.join(known[:MOST_CHOICES])}{more}." if known else "They name none."),
                     )
 
-    def _cell(self, names: tuple[str, ...], weight: float, rows: list[int], *, is_replay: bool = False) -> Cell:
-        duration_s = frames_to_seconds(int(self.num_frames[rows].sum()))
-        return Cell(names, weight, np.array(rows, dtype=np.int64), duration_s, is_replay)
-
 
 def training_table(config: DatasetConfig, codec_sha256: str | None) -> WindowTable:
     """Open the windows to train on, replay included.
@@ -214,7 +185,7 @@ def training_table(config: DatasetConfig, codec_sha256: str | None) -> WindowTab
                 f"{source.path} has no training windows.", "Name a table with a training split, or leave this one out."
             )
     table.check_filters()
-    if replay is not None and not len(table.replay_cell().rows):
+    if replay is not None and not len(table.replay_group().rows):
         raise UserError(
             f"dataset.replay.manifest_path is {replay.path}, which has no training windows.",
             "Name a table with a training split, or leave dataset.replay out.",
@@ -267,24 +238,6 @@ def manifest_table(manifest: str, run_dir: str, duration_s: Seconds) -> Path:
     with suppress(OSError):  # that it cannot be read is said where it is
         name.update(Path(manifest).read_bytes())
     return Path(run_dir, "codes", f"{Path(manifest).stem}-{name.hexdigest()[:8]}")
-
-
-def _read_labels(file: Path) -> list[tuple[str, str | None, str, str | None, Frames]]:
-    """Return corpus, emotion, speaker, language and length of the windows in a file."""
-    columns = read_columns([file], ["corpus", "emotion", "speaker_id", "language", "num_frames"]).to_pydict()
-    columns.setdefault("language", [None] * len(columns["corpus"]))  # tables of version 1 do not say
-    return [
-        (
-            sys.intern(corpus),
-            None if emotion is None else EMOTIONS[emotion],
-            sys.intern(speaker),
-            language and sys.intern(language),
-            num_frames,
-        )
-        for corpus, emotion, speaker, language, num_frames in zip(
-            *(columns[name] for name in ("corpus", "emotion", "speaker_id", "language", "num_frames")), strict=True
-        )
-    ]
 
 
 def _check_codecs(names: Sequence[str], folders: Sequence[Path], codec_sha256: str | None) -> None:

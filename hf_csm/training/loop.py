@@ -150,7 +150,7 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
         corpora = count_windows(corpora_of(dataset), train_table)
         write_corpora(with_earlier(corpora, resume_path.resolve().parent) if resume_path else corpora, run_dir)
     tables = {"train": train_table, "validation": validation_table}
-    accelerator.print(describe_mixture(loader.cells, loader.probabilities, dataset, tables).render())
+    accelerator.print(describe_mixture(loader.groups, loader.probabilities, dataset, tables).render())
     trained = sum(parameter.numel() for parameter in adapter_parameters(model))
     total = sum(parameter.numel() for parameter in model.parameters())
     accelerator.print(f"{trained:,} of {total:,} weights are trained ({trained / total:.2%}).")

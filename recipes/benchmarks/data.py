@@ -151,7 +151,7 @@ def benchmark_loader(num_batches: int = 200) -> str:
         next(loader.batches(start=3_000))
         skip_s = time.perf_counter() - begin
     cells = [
-        f"loader, {len(table)} windows, {len(loader.cells)} cells of 4 corpora, {num_batches} batches of 8 x 80 s",
+        f"loader, {len(table)} windows, {len(loader.groups)} groups of 4 corpora, {num_batches} batches of 8 x 80 s",
         f"{num_frames / FRAME_RATE / duration_s:,.0f} s of audio per second and core",
         f"{num_padded / (num_frames + num_padded):.1%}",
         f"{skip_s:.1f} s",

@@ -8,17 +8,15 @@ import pytest
 from hf_csm.config import Balance, DatasetConfig, Replay, Source
 from hf_csm.data.labels import EMOTIONS
 from hf_csm.errors import UserError
+from hf_csm.mixture.groups import Group, draw_rows, expected_repeats, group_probabilities
 from hf_csm.mixture.loader import (
     MixtureLoader,
-    cell_probabilities,
-    draw_windows,
-    expected_repeats,
     group_by_length,
     lay_out_row,
     mix,
     validation_batches,
 )
-from hf_csm.mixture.windows import Cell, WindowTable, training_table
+from hf_csm.mixture.windows import WindowTable, training_table
 from hf_csm.models.family import NO_TOKEN
 from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_tokenizer
 from hf_csm.models.moshi.model import load_moshi
@@ -54,10 +52,10 @@ def make_loader(table, layout, tokenize, **options):
     return MixtureLoader(table, layout, tokenize, config, **{"seed": 0, **numbers})
 
 
-def cell(duration_s, weight=1.0, rows=None, names=None):
-    """A cell of its own name and of windows of one second, unless told otherwise."""
+def group(duration_s, weight=1.0, rows=None, names=None):
+    """A group of its own name and of windows of one second, unless told otherwise."""
     rows = np.arange(duration_s) if rows is None else np.array(rows)
-    return Cell(names or (str(next(NUMBERS)),), weight, rows, float(duration_s))
+    return Group(names or (str(next(NUMBERS)),), weight, rows, float(duration_s))
 
 
 def codes_of(batches):
@@ -65,80 +63,80 @@ def codes_of(batches):
 
 
 @pytest.mark.parametrize(
-    ("cells", "balance", "expected"),
+    ("groups", "balance", "expected"),
     [
-        ([cell(300), cell(100)], Balance(temperature=1), [0.75, 0.25]),
-        ([cell(300), cell(100)], Balance(temperature=0), [0.5, 0.5]),
-        ([cell(300), cell(100, weight=3)], Balance(temperature=1), [0.5, 0.5]),
-        ([cell(900), cell(100)], Balance(temperature=0.5), [0.75, 0.25]),
+        ([group(300), group(100)], Balance(temperature=1), [0.75, 0.25]),
+        ([group(300), group(100)], Balance(temperature=0), [0.5, 0.5]),
+        ([group(300), group(100, weight=3)], Balance(temperature=1), [0.5, 0.5]),
+        ([group(900), group(100)], Balance(temperature=0.5), [0.75, 0.25]),
         # the second would be passed five times; two at the most
-        ([cell(90), cell(10)], Balance(temperature=0, max_repeats=2), [0.8, 0.2]),
+        ([group(90), group(10)], Balance(temperature=0, max_repeats=2), [0.8, 0.2]),
         # what the capped ones give up goes to the others in proportion
-        ([cell(60), cell(30), cell(10)], Balance(temperature=0, max_repeats=1.5), [0.425, 0.425, 0.15]),
-        ([cell(60), cell(30), cell(10)], Balance(temperature=0, max_repeats=1), [0.6, 0.3, 0.1]),
-        ([cell(5)], Balance(), [1.0]),
-        ([cell(300, weight=1e308), cell(100, weight=1e308)], Balance(temperature=1), [0.75, 0.25]),
-        ([cell(300, weight=1e308), cell(100, weight=1e-308)], Balance(max_repeats=1), [0.75, 0.25]),
+        ([group(60), group(30), group(10)], Balance(temperature=0, max_repeats=1.5), [0.425, 0.425, 0.15]),
+        ([group(60), group(30), group(10)], Balance(temperature=0, max_repeats=1), [0.6, 0.3, 0.1]),
+        ([group(5)], Balance(), [1.0]),
+        ([group(300, weight=1e308), group(100, weight=1e308)], Balance(temperature=1), [0.75, 0.25]),
+        ([group(300, weight=1e308), group(100, weight=1e-308)], Balance(max_repeats=1), [0.75, 0.25]),
     ],
 )
-def test_cell_probabilities(cells, balance, expected):
-    assert cell_probabilities(cells, balance).tolist() == pytest.approx(expected)
+def test_group_probabilities(groups, balance, expected):
+    assert group_probabilities(groups, balance).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("cells", "temperature", "expected"),
+    ("groups", "temperature", "expected"),
     [
-        # the cell has 400 s at a mean weight of 1.5; within it 300 x 1 to 100 x 3
-        ([cell(300, 1, names=("a",)), cell(100, 3, names=("a",)), cell(600)], 1, [0.25, 0.25, 0.5]),
-        ([cell(300, 1, names=("a",)), cell(100, 3, names=("a",)), cell(600)], 0, [0.3, 0.3, 0.4]),
-        ([cell(300, 1, names=("a",)), cell(100, 1, names=("a",)), cell(400)], 0.5, [0.375, 0.125, 0.5]),
+        # the group has 400 s at a mean weight of 1.5; within it 300 x 1 to 100 x 3
+        ([group(300, 1, names=("a",)), group(100, 3, names=("a",)), group(600)], 1, [0.25, 0.25, 0.5]),
+        ([group(300, 1, names=("a",)), group(100, 3, names=("a",)), group(600)], 0, [0.3, 0.3, 0.4]),
+        ([group(300, 1, names=("a",)), group(100, 1, names=("a",)), group(400)], 0.5, [0.375, 0.125, 0.5]),
     ],
 )
-def test_a_cell_of_several_tables_is_shared_by_weight_and_seconds(cells, temperature, expected):
+def test_a_group_of_several_tables_is_shared_by_weight_and_seconds(groups, temperature, expected):
     balance = Balance(temperature=temperature, max_repeats=100)
-    assert cell_probabilities(cells, balance).tolist() == pytest.approx(expected)
+    assert group_probabilities(groups, balance).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_cell_is_passed_more_often_than_allowed(seed):
+def test_no_group_is_passed_more_often_than_allowed(seed):
     rng = np.random.default_rng(seed)
-    cells = [
-        cell(rng.uniform(1, 1000), weight=rng.uniform(0.1, 10), rows=range(rng.integers(1, 100)))
+    groups = [
+        group(rng.uniform(1, 1000), weight=rng.uniform(0.1, 10), rows=range(rng.integers(1, 100)))
         for _ in range(rng.integers(1, 9))
     ]
     balance = Balance(temperature=rng.uniform(0, 1), max_repeats=rng.uniform(1, 5))
-    probabilities = cell_probabilities(cells, balance)
+    probabilities = group_probabilities(groups, balance)
     assert probabilities.sum() == pytest.approx(1)
-    assert expected_repeats(cells, probabilities).max() <= balance.max_repeats + 1e-9
+    assert expected_repeats(groups, probabilities).max() <= balance.max_repeats + 1e-9
 
 
-def test_cells_below_their_cap_keep_their_proportion():
+def test_groups_below_their_cap_keep_their_proportion():
     """Windows of 1 s and of 10 s: the caps count seconds, the probabilities windows."""
-    cells = [cell(1000), cell(1000, rows=range(100)), cell(4), cell(4, rows=[0])]
-    probabilities = cell_probabilities(cells, Balance(temperature=0, max_repeats=2))
+    groups = [group(1000), group(1000, rows=range(100)), group(4), group(4, rows=[0])]
+    probabilities = group_probabilities(groups, Balance(temperature=0, max_repeats=2))
     assert probabilities[0] == pytest.approx(probabilities[1])
-    assert expected_repeats(cells, probabilities)[2:] == pytest.approx([2, 2])
+    assert expected_repeats(groups, probabilities)[2:] == pytest.approx([2, 2])
 
 
 def test_expected_repeats_are_those_of_an_epoch():
-    cells = [cell(40, rows=range(0, 4)), cell(40, rows=range(4, 44)), cell(10, rows=range(44, 45))]
+    groups = [group(40, rows=range(0, 4)), group(40, rows=range(4, 44)), group(10, rows=range(44, 45))]
     window_s = np.repeat([10.0, 1.0, 10.0], [4, 40, 1])
-    probabilities = cell_probabilities(cells, Balance(temperature=0.5, max_repeats=2))
-    drawn = np.array(list(islice(draw_windows(cells, probabilities.tolist(), seed=1), 20_000)))
+    probabilities = group_probabilities(groups, Balance(temperature=0.5, max_repeats=2))
+    drawn = np.array(list(islice(draw_rows(groups, probabilities, seed=1), 20_000)))
     num_epochs = window_s[drawn].sum() / 90
-    passes = [np.isin(drawn, cell.rows).sum() / len(cell.rows) / num_epochs for cell in cells]
-    assert expected_repeats(cells, probabilities).tolist() == pytest.approx(passes, rel=0.03)
+    passes = [np.isin(drawn, group.rows).sum() / len(group.rows) / num_epochs for group in groups]
+    assert expected_repeats(groups, probabilities).tolist() == pytest.approx(passes, rel=0.03)
 
 
 def test_drawn_shares_match_the_probabilities():
-    cells = [cell(1, rows=range(0, 7)), cell(1, rows=range(7, 10)), cell(1, rows=range(10, 30))]
-    drawn = np.array(list(islice(draw_windows(cells, [0.5, 0.3, 0.2], seed=0), 10_000)))
+    groups = [group(1, rows=range(0, 7)), group(1, rows=range(7, 10)), group(1, rows=range(10, 30))]
+    drawn = np.array(list(islice(draw_rows(groups, [0.5, 0.3, 0.2], seed=0), 10_000)))
     shares = [(drawn < 7).mean(), ((drawn >= 7) & (drawn < 10)).mean(), (drawn >= 10).mean()]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.01)
 
 
-def test_a_cell_is_passed_whole_before_it_repeats_and_in_a_new_order():
-    rows = list(islice(draw_windows([cell(1, rows=range(8))], [1.0], seed=0), 24))
+def test_a_group_is_passed_whole_before_it_repeats_and_in_a_new_order():
+    rows = list(islice(draw_rows([group(1, rows=range(8))], [1.0], seed=0), 24))
     passes = [rows[:8], rows[8:16], rows[16:]]
     assert all(sorted(one) == list(range(8)) for one in passes)
     assert passes[0] != passes[1]
@@ -236,9 +234,9 @@ def test_long_windows_are_cut(base, codes, layout, tokenize):
 def test_a_weight_moves_the_share_of_a_table(base, codes, tmp_path):
     copy = shutil.copytree(codes, tmp_path / "copy")
     sources = [Source(str(codes), 1.0), Source(str(copy), 3.0)]
-    cells = WindowTable(sources, "train", codec_sha256=codec_sha256(base)).cells()
-    shares = cell_probabilities(cells, Balance(temperature=1))
-    assert sum(share for share, c in zip(shares, cells, strict=True) if c.weight == 3.0) == pytest.approx(0.75)
+    groups = WindowTable(sources, "train", codec_sha256=codec_sha256(base)).groups()
+    shares = group_probabilities(groups, Balance(temperature=1))
+    assert sum(share for share, c in zip(shares, groups, strict=True) if c.weight == 3.0) == pytest.approx(0.75)
 
 
 def test_validation_windows_are_a_fixed_set(table):
@@ -274,8 +272,8 @@ def dialogues(tmp_path_factory):
 def drawn_corpora(config, num_draws=10_000):
     """Return the table, and the share of each corpus and emotion in the first draws."""
     table = training_table(config, None)
-    cells, probabilities = mix(table, config)
-    drawn = list(islice(draw_windows(cells, probabilities.tolist(), seed=0), num_draws))
+    groups, probabilities = mix(table, config)
+    drawn = list(islice(draw_rows(groups, probabilities, seed=0), num_draws))
     corpora = Counter(table.corpora[row] for row in drawn)
     emotions = Counter(table.emotions[row] for row in drawn)
     return *({name: n / num_draws for name, n in counts.items()} for counts in (corpora, emotions)), drawn
@@ -331,10 +329,10 @@ def test_windows_without_emotion_get_no_prefix(dialogues, layout, tokenize):
     config = DatasetConfig(manifest_path=str(dialogues), prefix_dropout=0.0)
     table = training_table(config, None)
     assert lay_out_row(table, 0, layout, tokenize, config).num_given == 0
-    assert [cell.names for cell in mix(table, config)[0]] == [("dialogues", "unlabelled")]
+    assert [group.names for group in mix(table, config)[0]] == [("dialogues", "unlabelled")]
 
 
-def test_a_thousand_cells_are_drawn_from():
-    cells = [cell(3, rows=range(3 * i, 3 * i + 3)) for i in range(1000)]
-    drawn = list(islice(draw_windows(cells, [0.001] * 1000, seed=0), 5000))
+def test_a_thousand_groups_are_drawn_from():
+    groups = [group(3, rows=range(3 * i, 3 * i + 3)) for i in range(1000)]
+    drawn = list(islice(draw_rows(groups, [0.001] * 1000, seed=0), 5000))
     assert len({row // 3 for row in drawn}) > 950

@@ -44,7 +44,7 @@ def config(folder):
     return make
 
 
-def test_every_cell_has_a_line(config):
+def test_every_group_has_a_line(config):
     lines = describe(config()).render().splitlines()
     assert [line.split() for line in lines[:5]] == [
         ["corpus", "emotion", "windows", "hours", "drawn", "repeats"],
@@ -54,7 +54,7 @@ def test_every_cell_has_a_line(config):
         ["all", "10", "1.00", "100.0%", "1.00"],
     ]
     assert lines[5:] == [
-        "repeats: passes over a cell in an epoch, which draws 1.00 hours",
+        "repeats: passes over a group in an epoch, which draws 1.00 hours",
         "hours: train 1.00, validation 0.50, test 0.01",
     ]
 
@@ -77,7 +77,7 @@ def test_a_cap_that_binds_is_marked(config):
     assert "max_repeats" not in describe(config(balance=Balance(max_repeats=100))).render()
 
 
-def test_a_cell_of_two_tables_is_one_line(config):
+def test_a_group_of_two_tables_is_one_line(config):
     lines = describe(config(balance=Balance(by=["emotion"], temperature=1))).render().splitlines()
     assert lines[1].split() == ["happy", "7", "0.70", "68.4%", "0.98"]
 
@@ -109,8 +109,8 @@ def test_a_manifest_that_is_encoded_is_described(config, folder, monkeypatch):
     assert re.search(r"dialogues +unlabelled +5 ", text)
 
 
-def test_of_very_many_cells_the_largest_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_CELLS", 3)
+def test_of_very_many_groups_the_largest_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_GROUPS", 3)
     table = write(tmp_path / "many", {emotion: 0.1 * (i + 1) for i, emotion in enumerate(EMOTIONS)})
     description = describe(RunConfig(dataset=DatasetConfig(manifest_path=table)))
     lines = description.render().splitlines()

@@ -92,7 +92,7 @@ def test_validation_takes_emotions_and_languages_but_keeps_its_own_speakers(esd)
 
 
 @pytest.mark.parametrize(
-    ("by", "cells"),
+    ("by", "groups"),
     [
         (["corpus"], {("esd",): 12, ("ravdess",): 3}),
         (["emotion"], {("angry",): 4, ("calm",): 1, ("happy",): 5, ("sad",): 4, ("unlabelled",): 1}),
@@ -100,25 +100,25 @@ def test_validation_takes_emotions_and_languages_but_keeps_its_own_speakers(esd)
         (["speaker"], {("esd-0001",): 3, ("esd-0002",): 3, ("esd-0011",): 3, ("esd-0012",): 3, ("ravdess-01",): 3}),
     ],
 )
-def test_cells_agree_in_the_traits_they_are_made_by(esd, ravdess, by, cells):
+def test_groups_agree_in_the_traits_they_are_made_by(esd, ravdess, by, groups):
     table = train(esd, ravdess)
-    counts = dict.fromkeys(cells, 0)
-    for cell in table.cells(by):
-        counts[cell.names] += len(cell.rows)
-        assert cell.duration_s == pytest.approx(table.num_frames[cell.rows].sum() / 12.5)
-    assert counts == cells
+    counts = dict.fromkeys(groups, 0)
+    for group in table.groups(by):
+        counts[group.names] += len(group.rows)
+        assert group.duration_s == pytest.approx(table.num_frames[group.rows].sum() / 12.5)
+    assert counts == groups
 
 
-def test_a_cell_of_two_tables_keeps_them_apart(esd, ravdess):
+def test_a_group_of_two_tables_keeps_them_apart(esd, ravdess):
     sources = [Source(str(esd), 2.0), Source(str(ravdess), 3.0)]
-    cells = WindowTable(sources, "train", codec_sha256=None).cells(["emotion"])
-    assert [(cell.weight, len(cell.rows)) for cell in cells if cell.names == ("happy",)] == [(2.0, 4), (3.0, 1)]
+    groups = WindowTable(sources, "train", codec_sha256=None).groups(["emotion"])
+    assert [(group.weight, len(group.rows)) for group in groups if group.names == ("happy",)] == [(2.0, 4), (3.0, 1)]
 
 
-def test_filters_do_not_apply_to_replay_and_it_is_in_no_cell(esd, ravdess):
+def test_filters_do_not_apply_to_replay_and_it_is_in_no_group(esd, ravdess):
     table = train(esd, emotions=["sad"], replay=Replay(str(ravdess), 0.1))
-    assert [cell.names for cell in table.cells()] == [("esd", "sad")]
-    replay = table.replay_cell()
+    assert [group.names for group in table.groups()] == [("esd", "sad")]
+    replay = table.replay_group()
     assert replay.is_replay
     assert {table.emotions[row] for row in replay.rows} == {"happy", "calm", None}
     with pytest.raises(UserError, match="'calm', which no training window has"):
