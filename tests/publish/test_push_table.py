@@ -257,10 +257,10 @@ def test_without_the_hub_nothing_is_pushed(hub, table, monkeypatch):
 
 
 def test_an_upload_that_arrived_otherwise_than_sent_is_not_called_done(hub, table, monkeypatch):
-    from tests.doubles.hub_repository import Repository
+    from tests.doubles.hub import Repository
 
-    store = Repository._store
-    monkeypatch.setattr(Repository, "_store", lambda self, content, commit: store(self, content + b"\n", commit))
+    store = Repository.store
+    monkeypatch.setattr(Repository, "store", lambda self, content: store(self, content + b"\n"))
     with pytest.raises(UserError, match=r"1 files on the Hub are not what was sent, such as README\.md"):
         push_table(table, "user/ravdess")
     assert hf_hub_download("user/ravdess", "README.md", repo_type="dataset")
