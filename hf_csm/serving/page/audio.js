@@ -1,13 +1,13 @@
-// Sound: microphone and player, sample rates, WAV. Outside this file sound is 24 kHz mono in frames of 80 ms.
+// Microphone, player, resampling, WAV. Outside this file audio is 24 kHz mono in frames of 80 ms.
 
 export const RATE = 24000;
 export const FRAME = 1920;
 
-// What the user is told as it is.
+// An error whose message is shown to the user.
 export class Problem extends Error {}
 
-// Resamples a stream: windowed sinc, 80 dB down from the lower of the two Nyquist frequencies on. The chunks that a
-// signal comes in do not change the result, which is late by `delay` input samples.
+// Streaming resampler: windowed sinc, -80 dB above the lower Nyquist frequency. The result does not depend on chunk
+// boundaries and is delayed by `delay` input samples.
 export class Resampler {
   constructor(from, to) {
     const divisor = (a, b) => (b ? divisor(b, a % b) : a);
@@ -60,7 +60,7 @@ export function fromPcm16(pcm) {
   return Float32Array.from(pcm, (x) => x / 32768);
 }
 
-// Frames of noise so faint that nobody hears it, the same again for the same index: models know no digital silence.
+// Frames of inaudible noise, deterministic by index: the models were not trained on digital silence.
 const noise = () => Float32Array.from({ length: FRAME }, () => (6 * Math.random() - 3) / 32768);
 const ROOM = Array.from({ length: 16 }, noise);
 export const room = (index) => ROOM[index % ROOM.length];
@@ -75,7 +75,7 @@ export function concat(chunks) {
   return all;
 }
 
-// Return a stereo WAV file of two Int16Arrays of one length.
+// Returns a stereo WAV file from two Int16Arrays of the same length.
 export function wav(left, right) {
   const bytes = 4 * left.length;
   const view = new DataView(new ArrayBuffer(44 + bytes));
@@ -99,29 +99,29 @@ export function wav(left, right) {
   return new Blob([view], { type: "audio/wav" });
 }
 
-// Return what keeps this browser from talking, or null.
-export function missing() {
+// Returns why this browser or address is not supported, or null.
+export function unsupportedReason() {
   const port = location.port || 80;
-  if (!("WebSocket" in window)) return "This browser has no WebSocket. Use a current Chrome, Edge, Firefox or Safari.";
+  if (!("WebSocket" in window)) return "This browser does not support WebSocket. Use a current Chrome, Edge, Firefox or Safari.";
   if (!window.isSecureContext)
     return (
-      "Browsers give the microphone only to pages from https:// or localhost, " +
-      `and this page is from ${location.origin}. Start hf-csm serve with --ssl and a certificate, or forward its ` +
+      "Browsers allow the microphone only on https:// and localhost pages, " +
+      `and this page is at ${location.origin}. Start hf-csm serve with --ssl and a certificate, or forward its ` +
       `port to your machine (ssh -L ${port}:localhost:${port} ${location.hostname}) and open http://localhost:${port}/.`
     );
   if (!window.AudioContext || !window.AudioWorkletNode)
-    return "This browser cannot play live sound (AudioWorklet). Use a current Chrome, Edge, Firefox or Safari.";
+    return "This browser does not support AudioWorklet. Use a current Chrome, Edge, Firefox or Safari.";
   if (!navigator.mediaDevices?.getUserMedia)
-    return "This browser gives pages no microphone. Use a current Chrome, Edge, Firefox or Safari.";
+    return "This browser does not support microphone access. Use a current Chrome, Edge, Firefox or Safari.";
   return null;
 }
 
 const DENIALS = {
   NotAllowedError:
-    "The microphone is blocked. Allow it for this page (the icon beside the address), perhaps in the system's " +
-    "settings, too, and start again.",
-  NotFoundError: "There is no microphone. Plug one in, or choose one in the system's settings, and start again.",
-  NotReadableError: "The microphone cannot be used: another program may hold it. Close that program and start again.",
+    "Microphone access is blocked. Allow it for this page (icon in the address bar) and in the system settings, then " +
+    "start again.",
+  NotFoundError: "No microphone found. Connect one or select one in the system settings, then start again.",
+  NotReadableError: "The microphone is not available: another program may be using it. Close that program and start again.",
 };
 
 async function openMicrophone() {
@@ -130,13 +130,13 @@ async function openMicrophone() {
       audio: { channelCount: 1, echoCancellation: true, noiseSuppression: true, autoGainControl: true },
     });
   } catch (error) {
-    throw new Problem(DENIALS[error.name] ?? `The microphone cannot be opened: ${error.message}`);
+    throw new Problem(DENIALS[error.name] ?? `Cannot open the microphone: ${error.message}`);
   }
 }
 
-// Open player and, if wanted, microphone. Call it in a user's gesture: phones start no sound otherwise.
-// `onFrame({mic, played, queuedS, underruns})` gets 80 ms of each side (Float32Array); `onLost()` tells that the
-// microphone is gone.
+// Opens the player and, optionally, the microphone. Call it from a user gesture: phones do not start audio otherwise.
+// `onFrame({mic, played, queuedS, underruns})` receives 80 ms of each side (Float32Array); `onLost()` is called when the
+// microphone is disconnected.
 export async function openAudio({ microphone, onFrame, onLost }) {
   let context = new AudioContext({ sampleRate: RATE, latencyHint: "interactive" });
   context.resume();
@@ -152,7 +152,7 @@ export async function openAudio({ microphone, onFrame, onLost }) {
       try {
         source = context.createMediaStreamSource(stream);
       } catch {
-        context.close(); // Firefox connects no microphone to a context of another rate
+        context.close(); // Firefox cannot connect a microphone to a context of a different sample rate
         context = new AudioContext({ latencyHint: "interactive" });
         source = context.createMediaStreamSource(stream);
       }

@@ -1,34 +1,34 @@
-// One conversation over the wire: frames of sound to the server, sound, text and steering back; both sides recorded.
+// One conversation over a WebSocket: sends audio frames, receives audio, text and steering, and records both sides.
 
 import { FRAME, RATE, Problem, concat, fromPcm16, openAudio, room, toPcm16, wav } from "./audio.js";
 
 const HANDSHAKE = 0;
 const AUDIO = 1;
 const TEXT = 2;
-const LATE_S = 10;
+const MAX_WAIT_S = 10;
 const HANDSHAKE_S = 15;
 const RECORDED_S = 3600;
-const UNSENT_BYTES = 4 * RATE; // two seconds of sound that wait in this browser
-const BEHIND_S = 3; // sound that the server has not answered
+const UNSENT_BYTES = 4 * RATE; // two seconds of audio waiting in the browser
+const BEHIND_S = 3; // audio sent but not answered yet
 
 export async function fetchInfo(token) {
   let response;
   try {
     response = await fetch("api/info", token ? { headers: { Authorization: `Bearer ${token}` } } : {});
   } catch {
-    throw new Problem("The server does not answer. Is it running, and is this machine online?");
+    throw new Problem("Cannot reach the server. Is it running, and are you online?");
   }
   if (response.status === 401) {
-    const problem = new Problem(token ? "The server does not know this token." : "This server wants a token.");
-    problem.wantsToken = true;
+    const problem = new Problem(token ? "The server rejected this token." : "This server requires a token.");
+    problem.needsToken = true;
     throw problem;
   }
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Problem(`The server refuses: ${answer.error ?? response.statusText} (${response.status})`);
+  if (!response.ok) throw new Problem(`Request refused: ${answer.error ?? response.statusText} (${response.status})`);
   return answer;
 }
 
-// SentencePiece falls back to bytes, spelled <0xE2>; words are given on when they are whole.
+// Joins SentencePiece pieces into whole words. Byte-fallback pieces look like <0xE2>.
 export class Words {
   constructor(onWords) {
     this.onWords = onWords;
@@ -41,12 +41,12 @@ export class Words {
     const bytes = byte ? Uint8Array.of(parseInt(byte[1], 16)) : new TextEncoder().encode(piece);
     this.rest += this.decoder.decode(bytes, { stream: true }).replace(/[\uFFFD\p{Cc}]/gu, "");
     const end = this.rest.lastIndexOf(" ");
-    if (end > 0) this.give(end);
+    if (end > 0) this.emit(end);
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.give(this.rest.length), 500);
+    this.timer = setTimeout(() => this.emit(this.rest.length), 500);
   }
 
-  give(end) {
+  emit(end) {
     clearTimeout(this.timer);
     const words = this.rest.slice(0, end);
     this.rest = this.rest.slice(end);
@@ -56,20 +56,20 @@ export class Words {
 
 const BUSY = 1013;
 const REFUSED =
-  "The server refuses the conversation. If this page comes through a proxy or tunnel, start hf-csm serve with " +
+  "The server refused the connection. If you use a proxy or tunnel, start hf-csm serve with " +
   `--allow-origin ${location.origin}.`;
 const ENDINGS = {
-  1001: () => "The server is shutting down. The conversation up to here can be downloaded.",
-  1006: () => "The connection is lost. The conversation up to here can be downloaded.",
-  1008: (reason) => `The server ended the conversation: ${reason || "it does not allow this"}.`,
+  1001: () => "The server is shutting down. You can still download the recording.",
+  1006: () => "Connection lost. You can still download the recording.",
+  1008: (reason) => `The server ended the conversation: ${reason || "not allowed"}.`,
   1009: () => "The server ended the conversation: a message was too large.",
-  1011: () => "The server ended the conversation: it has failed. Its log says more.",
-  [BUSY]: (reason) => `The server is ${reason || "busy: try again later"}.`,
+  1011: () => "The server ended the conversation: internal error. See the server log.",
+  [BUSY]: (reason) => `The server is ${reason || "busy; try again later"}.`,
 };
 
 export class Conversation {
-  // `source(index)` gives the user's frames (Int16Array; null: no more); without it the microphone does.
-  // Handlers: onStart(), onWords(text), onSteering(message), onComplaint(text), onFrame(frame), onEnd(Problem or null).
+  // `source(index)` returns the user's frames (Int16Array, null at the end); without it the microphone is used.
+  // Handlers: onStart(), onWords(text), onSteering(message), onError(text), onFrame(frame), onEnd(Problem or null).
   constructor({ query, token, source, ...handlers }) {
     Object.assign(this, { source, handlers, left: [], right: [], sent: 0, received: 0, started: false, ended: false });
     this.query = { ...query, audio: "pcm", events: "1", ...(token && { token }) };
@@ -80,15 +80,15 @@ export class Conversation {
     const opening = openAudio({
       microphone: !this.source,
       onFrame: (frame) => this.frame(frame),
-      onLost: () => this.fail("The microphone is gone. Plug it in and start again."),
+      onLost: () => this.fail("The microphone was disconnected. Plug it in and start again."),
     });
-    opening.catch(() => null); // it is looked at later
+    opening.catch(() => null); // handled below
     try {
-      await fetchInfo(this.query.token); // a WebSocket that is refused does not say why
+      await fetchInfo(this.query.token); // a refused WebSocket gives no reason
       this.audio = await opening;
     } catch (error) {
       opening.then((audio) => audio.close()).catch(() => null);
-      return this.end(error instanceof Problem ? error : new Problem(`Sound cannot be opened: ${error.message}`));
+      return this.end(error instanceof Problem ? error : new Problem(`Cannot open audio: ${error.message}`));
     }
     if (this.ended) return this.audio.close();
     const url = new URL("api/chat", location.href.split("#")[0]);
@@ -103,7 +103,7 @@ export class Conversation {
       else if (code === 1006 && !this.started) this.fail(REFUSED);
       else this.fail(ENDINGS[code]?.(reason) ?? `The server ended the conversation (${code} ${reason}).`);
     };
-    this.timer = setTimeout(() => this.fail("The server does not begin. Try again later."), 1000 * HANDSHAKE_S);
+    this.timer = setTimeout(() => this.fail("The server did not start the conversation. Try again later."), 1000 * HANDSHAKE_S);
   }
 
   binary(data) {
@@ -122,42 +122,42 @@ export class Conversation {
   control(data) {
     const message = JSON.parse(data);
     if (message.type === "steering") this.handlers.onSteering?.(message);
-    if (message.type === "error") this.handlers.onComplaint?.(message.message);
+    if (message.type === "error") this.handlers.onError?.(message.message);
   }
 
   frame(frame) {
     if (!this.started || this.socket.readyState !== WebSocket.OPEN) return;
-    // What neither network nor server keep up with is left out, so that the delay stays bounded.
+    // Skip frames that network or server cannot keep up with, so that the delay stays bounded.
     const behindS = (this.sent - this.received) / RATE;
     const isStuck = behindS > BEHIND_S || this.socket.bufferedAmount > UNSENT_BYTES;
     const index = this.sent / FRAME;
-    const speak = () => toPcm16(frame.mic.map((x, i) => x + room(index)[i])); // a muted microphone gives zeros
-    let pcm = this.source ? !isStuck && this.source(index) : speak();
+    const microphone = () => toPcm16(frame.mic.map((x, i) => x + room(index)[i])); // a muted microphone returns zeros
+    let pcm = this.source ? !isStuck && this.source(index) : microphone();
     if (pcm && !isStuck) {
       const message = new Uint8Array(1 + pcm.byteLength);
       message[0] = AUDIO;
       message.set(new Uint8Array(pcm.buffer), 1);
       this.socket.send(message);
       this.sent += FRAME;
-    } else if (pcm === null && this.hasHeardAll(frame.queuedS)) return this.end();
-    pcm ||= new Int16Array(FRAME); // a question waits for its server
+    } else if (pcm === null && this.isFinished(frame.queuedS)) return this.end();
+    pcm ||= new Int16Array(FRAME); // the question waits until the server catches up
     if (this.left.length * FRAME < RECORDED_S * RATE) {
       this.left.push(pcm);
       this.right.push(toPcm16(frame.played));
     }
-    // From the user's sample to Moshi's answer to it in the loudspeaker, without what the devices add.
+    // From the user's sample to Moshi's matching output, without the latency of the audio devices.
     const delayS = this.received ? behindS + frame.queuedS : null;
     this.handlers.onFrame?.({ ...frame, pcm, delayS, isStuck });
   }
 
-  // After the last frame: nothing came and nothing was played for half a second, or the server is far too late.
-  hasHeardAll(queuedS) {
+  // After the last frame: no progress for half a second, or a timeout.
+  isFinished(queuedS) {
     this.endedAt ??= this.left.length;
     const progress = this.received - queuedS;
     if (progress !== this.progress) this.quietSince = this.left.length;
     this.progress = progress;
     const seconds = (frames) => (frames * FRAME) / RATE;
-    return seconds(this.left.length - this.quietSince) > 0.5 || seconds(this.left.length - this.endedAt) > LATE_S;
+    return seconds(this.left.length - this.quietSince) > 0.5 || seconds(this.left.length - this.endedAt) > MAX_WAIT_S;
   }
 
   steer(change) {
@@ -169,12 +169,12 @@ export class Conversation {
     this.end(new Problem(text));
   }
 
-  // `problem` is null when the user or the server ended it in good order.
+  // `problem` is null if the user or the server ended the conversation normally.
   end(problem = null) {
     if (this.ended) return;
     this.ended = true;
     clearTimeout(this.timer);
-    this.words.give(this.words.rest.length);
+    this.words.emit(this.words.rest.length);
     this.socket?.close();
     this.audio?.close();
     this.handlers.onEnd?.(problem);
@@ -184,7 +184,7 @@ export class Conversation {
     return (this.left.length * FRAME) / RATE;
   }
 
-  // The recording: the user left, Moshi right, as they were heard.
+  // The recording: user left, Moshi right, aligned as played.
   wav() {
     return wav(concat(this.left), concat(this.right));
   }

@@ -1,17 +1,17 @@
-// The same question to two voices: the user's sound is played to each as if it were spoken now, their answers are kept.
+// Comparison: sends the recorded question to two adapters in real time and records both answers.
 
 import { FRAME, RATE, Problem, concat, fromPcm16, rms, room, toPcm16 } from "./audio.js";
 import { Conversation } from "./chat.js";
 
 const QUESTION_S = 60;
-const LEAD_IN_S = 1; // quiet before the question, in which Moshi is told the emotion, as in training
-const LEAST_S = 0.3;
-const RELEASE_S = 5; // a server may take a moment to free the slot of the conversation before
+const LEAD_IN_S = 1; // silence before the question, during which the emotion prefix is forced, as in training
+const MIN_QUESTION_S = 0.3;
+const RELEASE_S = 5; // the server may need a moment to free the slot of the previous conversation
 
 const frames = (seconds) => Math.round((seconds * RATE) / FRAME);
 export const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
 
-// What the user said last: frames of the microphone, at most a minute.
+// The latest microphone frames, at most one minute.
 export class Question {
   constructor() {
     this.clear();
@@ -31,7 +31,7 @@ export class Question {
     }
   }
 
-  // Frames up to the last one with a voice in it; what follows in `frames` is the room.
+  // Number of frames up to the last one with speech.
   get length() {
     const threshold = Math.max(0.004, 0.1 * this.levels.reduce((a, b) => Math.max(a, b), 0));
     return this.levels.findLastIndex((level) => level > threshold) + 1;
@@ -41,16 +41,16 @@ export class Question {
     return (this.length * FRAME) / RATE;
   }
 
-  // When it has been asked, from the beginning of an answer.
-  get askedS() {
+  // End of the question, from the start of an answer.
+  get endS() {
     return this.durationS + (frames(LEAD_IN_S) * FRAME) / RATE;
   }
 
-  get isAsked() {
-    return this.durationS > LEAST_S;
+  get isLongEnough() {
+    return this.durationS > MIN_QUESTION_S;
   }
 
-  // The frames to send: quiet, the question, the room as recorded, quiet.
+  // The frames to send: room tone, the question with the recorded silence after it, room tone.
   source(answerS) {
     const [recorded, begin] = [[...this.frames], frames(LEAD_IN_S)];
     const end = begin + this.length + frames(answerS);
@@ -58,14 +58,14 @@ export class Question {
   }
 }
 
-// One of the two answers: what to ask, what was said, and a player.
+// One of the two answers: its settings, transcript and player.
 export class Answer {
   constructor(article, name, onPlay) {
     this.onPlay = onPlay;
     article.append(document.getElementById("answer").content.cloneNode(true));
-    for (const part of ["voice", "emotion", "play", "seek", "time", "save", "said"])
+    for (const part of ["adapter", "emotion", "play", "seek", "time", "save", "said"])
       this[part] = article.querySelector(`.${part}`);
-    for (const [part, label] of [["voice", "voice"], ["emotion", "emotion"], ["seek", "position"]])
+    for (const [part, label] of [["adapter", "adapter"], ["emotion", "emotion"], ["seek", "position"]])
       this[part].setAttribute("aria-label", `Answer ${name}: ${label}`);
     this.save.setAttribute("aria-label", `Download answer ${name}`);
     this.label = `answer ${name}`;
@@ -98,8 +98,8 @@ export class Answer {
     this.showTime(0);
   }
 
-  // Ask and wait for the whole answer; throws the Problem that kept it from coming.
-  async ask({ question, answerS, query, token, onFrame }) {
+  // Send the question and record the whole answer; throws a Problem on failure.
+  async record({ question, answerS, query, token, onFrame }) {
     this.clear();
     const deadline = Date.now() + 1000 * RELEASE_S;
     for (;;) {
@@ -118,21 +118,21 @@ export class Answer {
       if (!this.conversation.isBusy || Date.now() > deadline) throw problem;
       await new Promise((resolve) => setTimeout(resolve, 300));
     }
-    this.finish(question.askedS);
+    this.finish(question.endS);
   }
 
   cancel() {
     this.conversation?.fail("Stopped.");
   }
 
-  finish(askedS) {
+  finish(endS) {
     const { left, right, durationS } = this.conversation;
-    if (!right.length) throw new Problem("The server gave no answer.");
+    if (!right.length) throw new Problem("The server sent no answer.");
     const [user, moshi] = [left, right].map((side) => fromPcm16(concat(side)));
     this.samples = moshi.map((x, i) => Math.max(-1, Math.min(1, x + 0.5 * user[i])));
     this.level = rms(moshi);
     this.seek.max = durationS;
-    this.showTime(Math.max(0, Math.min(askedS - 0.5, durationS)));
+    this.showTime(Math.max(0, Math.min(endS - 0.5, durationS)));
     this.said.textContent ||= "(no words)";
     for (const control of [this.play, this.seek, this.save]) control.disabled = false;
   }

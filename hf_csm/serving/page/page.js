@@ -1,17 +1,17 @@
-// The page: what its controls do, and what it says.
+// Controls and messages of the page.
 
-import { missing, rms } from "./audio.js";
+import { unsupportedReason, rms } from "./audio.js";
 import { Conversation, fetchInfo } from "./chat.js";
 import { Answer, Question, clock } from "./compare.js";
 
 const TOKEN_KEY = "hf-csm-token";
 const SILENT_S = 3;
-const BASE = "base"; // the voice without adapter
+const BASE = "base"; // the base model, without an adapter
 const NEW_LINE_S = 1.5;
-const SUSPENDED = "The sound is suspended. Touch the page, or press a key, to go on.";
+const SUSPENDED = "Audio is suspended. Tap the page or press a key to resume.";
 const CONNECTED = "Connected. Speak at any time.";
-const CHOOSING_MS = 100; // arrow keys and sliders pass through what is not meant
-const COLOURED = "What was asked for before still colours what Moshi says. Stop and start again to be rid of it.";
+const DEBOUNCE_MS = 100; // arrow keys and sliders pass through intermediate values
+const PREVIOUS_EMOTION = "The previous emotion still affects the voice. Stop and start again to clear it.";
 
 const $ = (id) => document.getElementById(id);
 const question = new Question();
@@ -19,20 +19,20 @@ const answers = ["A", "B"].map((name) => {
   return new Answer($(`answer-${name.toLowerCase()}`).parentElement, name, stopPlaying);
 });
 let info = null;
-let live = null; // the conversation that runs
-let last = null; // the one that can be downloaded
+let live = null; // the running conversation
+let last = null; // the last conversation, for download
 let isComparing = false;
-let isChosen = false; // before, the server's own choice stands
-let current = null; // how Moshi speaks, in the server's words
-let pending = null; // what the server has yet to do of what was chosen
-let unsent = null; // what was chosen and not sent yet
-let sending = null; // the timer that sends it
-let wasTold = false; // Moshi was told an emotion in this conversation
+let isChosen = false; // until the user chooses, the server's default applies
+let current = null; // steering in effect, as reported by the server
+let pending = null; // steering that waits for a pause
+let unsent = null; // changes not sent yet
+let sending = null; // timer that sends them
+let hadPrefix = false; // an emotion prefix was used in this conversation
 let wakeLock = null;
 
-// ---- token: from the fragment, which browsers do not send, or the field; kept for this tab ----
+// ---- access token: from the URL fragment (never sent to servers) or the form; kept for this tab ----
 
-function takeToken() {
+function readToken() {
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
   if (!token) return;
   sessionStorage.setItem(TOKEN_KEY, token);
@@ -47,17 +47,17 @@ $("access").onsubmit = (event) => {
   load();
 };
 
-// ---- what the page says ----
+// ---- messages ----
 
 function show(id, text) {
-  if ($(id).textContent !== text) $(id).textContent = text; // the same again would be read out again
+  if ($(id).textContent !== text) $(id).textContent = text; // screen readers announce every write
 }
 
-const say = (text) => show("status", text);
+const setStatus = (text) => show("status", text);
 
-function complain(problem) {
+function showProblem(problem) {
   $("problem").textContent = problem?.message ?? "";
-  if (problem?.wantsToken) {
+  if (problem?.needsToken) {
     $("access").hidden = false;
     $("token").focus();
   }
@@ -85,12 +85,12 @@ function addLine(className, text) {
   return line;
 }
 
-// ---- choosing ----
+// ---- steering ----
 
 const chosen = (name) => document.querySelector(`input[name=${name}]:checked`)?.value || null;
-const voiceNamed = (name) => info.voices.find((voice) => voice.name === name);
-const knows = (voice, emotion) => !emotion || voice.emotions.includes(emotion);
-const inWords = ({ voice, emotion, strength }) =>
+const findAdapter = (name) => info.voices.find((voice) => voice.name === name);
+const supports = (voice, emotion) => !emotion || voice.emotions.includes(emotion);
+const describe = ({ voice, emotion, strength }) =>
   [voice, emotion === null ? "no emotion" : emotion, strength?.toFixed(2)].filter((part) => part != null).join(", ");
 
 function fillChoices(id, name, options) {
@@ -105,40 +105,40 @@ function fillChoices(id, name, options) {
   $(id).disabled = false;
 }
 
-function choose(name, value) {
+function select(name, value) {
   for (const input of document.getElementsByName(name)) input.checked = input.value === (value ?? "");
-  $("strength").disabled = chosen("voice") === BASE; // there is no adapter to weigh
+  $("strength").disabled = chosen("voice") === BASE; // no adapter to scale
 }
 
-function chooseBoth({ voice, emotion }) {
-  choose("voice", voice);
-  choose("emotion", emotion);
+function selectBoth({ voice, emotion }) {
+  select("voice", voice);
+  select("emotion", emotion);
 }
 
-// A voice speaks only the emotions it learnt: choosing another emotion finds a voice for it, and the other way round.
-// The base is what others are compared with: going there and back keeps the emotion.
+// An adapter supports only the emotions it was trained on: choosing another emotion selects an adapter that supports
+// it, and vice versa. The base model is for comparison: switching to it and back keeps the emotion.
 function chooseEmotion() {
   const emotion = chosen("emotion");
-  if (!knows(voiceNamed(chosen("voice")), emotion))
-    choose("voice", info.voices.find((voice) => knows(voice, emotion)).name);
+  if (!supports(findAdapter(chosen("voice")), emotion))
+    select("voice", info.voices.find((voice) => supports(voice, emotion)).name);
   if (emotion) fillAnswer(answers[1], chosen("voice"), emotion);
   steer({ voice: chosen("voice"), emotion });
 }
 
-function chooseVoice() {
+function chooseAdapter() {
   const voice = chosen("voice");
-  if (voice !== BASE && !knows(voiceNamed(voice), chosen("emotion"))) choose("emotion", null);
-  choose("voice", voice);
+  if (voice !== BASE && !supports(findAdapter(voice), chosen("emotion"))) select("emotion", null);
+  select("voice", voice);
   steer({ voice, emotion: chosen("emotion") });
 }
 
 function steer(change) {
   isChosen ||= !("strength" in change);
   if (!live?.started) return;
-  if (!("strength" in change)) pending = { ...pending, ...change }; // strength does not wait
+  if (!("strength" in change)) pending = { ...pending, ...change }; // strength applies at once
   unsent = { ...unsent, ...change };
   clearTimeout(sending);
-  sending = setTimeout(send, CHOOSING_MS);
+  sending = setTimeout(send, DEBOUNCE_MS);
   showSteering();
 }
 
@@ -148,41 +148,41 @@ function send(more = {}) {
   unsent = null;
 }
 
-const isTold = ({ voice, emotion }) => Boolean(emotion) && voiceNamed(voice)?.control === "prefix";
+const hasPrefix = ({ voice, emotion }) => Boolean(emotion) && findAdapter(voice)?.control === "prefix";
 
 function showSteering() {
-  const now = current ? `Now: ${inWords(current)}.` : "";
-  show("steering", pending ? `${now} At Moshi's next pause: ${inWords(pending)}.` : now);
+  const now = current ? `Now: ${describe(current)}.` : "";
+  show("steering", pending ? `${now} At Moshi's next pause: ${describe(pending)}.` : now);
   if (!pending && document.activeElement === $("now")) document.querySelector("[name=emotion]:checked").focus();
   $("now").hidden = !pending;
-  show("coloured", wasTold && current && !isTold(pending ?? current) ? COLOURED : "");
+  show("previous-emotion", hadPrefix && current && !hasPrefix(pending ?? current) ? PREVIOUS_EMOTION : "");
 }
 
-function forgetSteering() {
+function resetSteering() {
   clearTimeout(sending);
   current = pending = unsent = null;
-  wasTold = false;
+  hadPrefix = false;
 }
 
 function onSteering(message) {
-  if (!current || inWords(message) !== inWords(current)) addLine("mark", inWords(message));
+  if (!current || describe(message) !== describe(current)) addLine("mark", describe(message));
   current = message;
-  wasTold ||= isTold(message);
+  hadPrefix ||= hasPrefix(message);
   if (unsent?.voice === undefined) {
     pending = message.pending;
-    chooseBoth(pending ?? current);
+    selectBoth(pending ?? current);
   }
   showSteering();
 }
 
-function onComplaint(text) {
-  complain({ message: text });
+function onServerError(text) {
+  showProblem({ message: text });
   pending = null;
-  if (current) chooseBoth(current);
+  if (current) selectBoth(current);
   showSteering();
 }
 
-$("voices").onchange = chooseVoice;
+$("adapters").onchange = chooseAdapter;
 $("emotions").onchange = chooseEmotion;
 $("now").onclick = () => send({ ...pending, ...unsent, now: true });
 $("strength").oninput = () => {
@@ -190,19 +190,19 @@ $("strength").oninput = () => {
   steer({ strength: Number($("strength").value) });
 };
 
-// ---- talking ----
+// ---- conversation ----
 
 const query = (voice, emotion) => ({ voice, emotion, strength: $("strength").value });
 
-function talk() {
+function toggleConversation() {
   if (live) return live.end();
-  complain(null);
+  showProblem(null);
   answers.forEach((answer) => answer.stop());
   $("transcript").replaceChildren();
-  show("asked", "");
+  show("comparison", "");
   question.clear();
-  forgetSteering();
-  say("Connecting: your browser may ask for the microphone.");
+  resetSteering();
+  setStatus("Connecting. Your browser may ask for access to the microphone.");
   let silentS = 0;
   live = new Conversation({
     query: query(isChosen ? chosen("voice") : null, isChosen ? chosen("emotion") : null),
@@ -210,14 +210,14 @@ function talk() {
     onStart: () => {
       const { context } = live.audio;
       context.onstatechange = () => {
-        if (live?.audio?.context === context) say(context.state === "running" ? CONNECTED : SUSPENDED);
+        if (live?.audio?.context === context) setStatus(context.state === "running" ? CONNECTED : SUSPENDED);
       };
       context.onstatechange();
       keepAwake();
     },
     onWords: addWords,
     onSteering,
-    onComplaint,
+    onError: onServerError,
     onFrame: (frame) => {
       const level = rms(frame.mic);
       question.add(frame.pcm, level);
@@ -226,17 +226,17 @@ function talk() {
       $("moshi-level").value = Math.min(1, 5 * rms(frame.played));
       show("time", clock(live.durationS));
       if (frame.delayS !== null) show("delay", `${frame.delayS.toFixed(2)} s`);
-      if (frame.isStuck) say("Server or network are too slow: Moshi misses parts of what you say.");
-      else if (silentS > SILENT_S) say("Nothing comes from the microphone. Is it muted?");
-      else say(CONNECTED);
+      if (frame.isStuck) setStatus("The server or the network is too slow: parts of your speech are skipped.");
+      else if (silentS > SILENT_S) setStatus("No sound from the microphone. Is it muted?");
+      else setStatus(CONNECTED);
       showState();
     },
     onEnd: (problem) => {
       if (live.durationS) last = live;
-      say(live.started ? `Ended after ${clock(live.durationS)}.` : "Not connected.");
+      setStatus(live.started ? `Ended after ${clock(live.durationS)}.` : "Not connected.");
       live = null;
-      forgetSteering();
-      complain(problem);
+      resetSteering();
+      showProblem(problem);
       showSteering();
       for (const id of ["mic-level", "moshi-level"]) $(id).value = 0;
       wakeLock?.release();
@@ -251,7 +251,7 @@ async function keepAwake() {
   wakeLock = await navigator.wakeLock?.request("screen").catch(() => null);
 }
 
-// A phone that rang, or a tab that slept, leaves the sound suspended until the user comes back.
+// A phone call or a sleeping tab suspends audio until the next user gesture.
 for (const event of ["pointerdown", "keydown", "visibilitychange"])
   document.addEventListener(event, () => live?.audio?.context.resume());
 
@@ -262,7 +262,7 @@ function save(conversation, name) {
   setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 
-// ---- the same question to two voices ----
+// ---- comparison ----
 
 function stopPlaying(other) {
   answers.filter((answer) => answer !== other).forEach((answer) => answer.stop());
@@ -270,39 +270,39 @@ function stopPlaying(other) {
 
 function fillAnswer(answer, voice, emotion) {
   const options = (values) => values.map((value) => new Option(value || "none", value));
-  answer.voice.replaceChildren(...options(info.voices.map(({ name }) => name)));
-  answer.voice.onchange = () => {
+  answer.adapter.replaceChildren(...options(info.voices.map(({ name }) => name)));
+  answer.adapter.onchange = () => {
     const before = answer.emotion.value;
-    answer.emotion.replaceChildren(...options(["", ...voiceNamed(answer.voice.value).emotions]));
-    answer.emotion.value = knows(voiceNamed(answer.voice.value), before) ? before : "";
+    answer.emotion.replaceChildren(...options(["", ...findAdapter(answer.adapter.value).emotions]));
+    answer.emotion.value = supports(findAdapter(answer.adapter.value), before) ? before : "";
   };
-  answer.voice.value = voice;
-  answer.voice.onchange();
+  answer.adapter.value = voice;
+  answer.adapter.onchange();
   answer.emotion.value = emotion ?? "";
 }
 
-async function ask() {
+async function compare() {
   if (isComparing) return answers.forEach((answer) => answer.cancel());
   isComparing = true;
   live?.end();
-  complain(null);
+  showProblem(null);
   answers.forEach((answer) => answer.clear());
   showState();
   const answerS = Math.max(1, Math.min(60, Number($("answer-s").value) || 8));
   const seed = info.seeds ? Math.floor(Math.random() * 2 ** 31) : null;
   try {
     for (const [i, answer] of answers.entries()) {
-      show("asked", `Asking ${"AB"[i]}.`);
+      show("comparison", `Getting answer ${"AB"[i]}.`);
       const onFrame = () => {
-        $("asking").value = (i + answer.conversation.durationS / (question.askedS + answerS)) / 2;
+        $("progress").value = (i + answer.conversation.durationS / (question.endS + answerS)) / 2;
       };
-      const steering = { ...query(answer.voice.value, answer.emotion.value || null), seed };
-      await answer.ask({ question, answerS, query: steering, token: token(), onFrame });
+      const steering = { ...query(answer.adapter.value, answer.emotion.value || null), seed };
+      await answer.record({ question, answerS, query: steering, token: token(), onFrame });
     }
-    show("asked", "Both have answered.");
+    show("comparison", "Comparison complete.");
   } catch (problem) {
-    show("asked", "Not all was asked.");
-    complain(problem);
+    show("comparison", "Comparison incomplete.");
+    showProblem(problem);
   }
   isComparing = false;
   showState();
@@ -315,51 +315,51 @@ function showState() {
   $("talk").classList.toggle("stop", Boolean(live));
   $("talk").disabled = !info || isComparing;
   $("download").disabled = !(live?.durationS || last);
-  $("ask").textContent = isComparing ? "Stop asking" : "Ask again";
-  $("ask").disabled = !info || !(isComparing || question.isAsked);
-  $("forget").disabled = isComparing || !question.frames.length;
-  $("asking").hidden = !isComparing;
-  const asked = `Your question: ${question.durationS.toFixed(1)} s.`;
-  show("question", question.isAsked ? asked : "No question yet: talk first.");
+  $("compare").textContent = isComparing ? "Stop comparing" : "Compare";
+  $("compare").disabled = !info || !(isComparing || question.isLongEnough);
+  $("new-question").disabled = isComparing || !question.frames.length;
+  $("progress").hidden = !isComparing;
+  const length = `Your question: ${question.durationS.toFixed(1)} s.`;
+  show("question", question.isLongEnough ? length : "No question yet. Start talking first.");
 }
 
 async function load() {
-  complain(null);
-  const lacking = missing();
-  if (lacking) {
-    say("This browser cannot talk with Moshi.");
-    return complain({ message: lacking });
+  showProblem(null);
+  const unsupported = unsupportedReason();
+  if (unsupported) {
+    setStatus("This browser is not supported.");
+    return showProblem({ message: unsupported });
   }
   try {
     info = await fetchInfo(token());
   } catch (problem) {
-    say("Not connected.");
-    return complain(problem);
+    setStatus("Not connected.");
+    return showProblem(problem);
   }
   $("access").hidden = true;
   const names = info.voices.map(({ name }) => name).filter((name) => name !== BASE);
   $("model").textContent = [info.base_model.split("/").slice(-2).join("/"), ...names].join(" · ");
-  fillChoices("voices", "voice", info.voices.map(({ name }) => [name, name === BASE ? "base (no adapter)" : name]));
+  fillChoices("adapters", "voice", info.voices.map(({ name }) => [name, name === BASE ? "base (no adapter)" : name]));
   fillChoices("emotions", "emotion", [["", "none"], ...info.emotions.map((emotion) => [emotion, emotion])]);
   $("emotions").hidden = !info.emotions.length;
   for (const [key, value] of Object.entries(info.strength)) $("strength")[{ default: "value" }[key] ?? key] = value;
-  choose("voice", info.voices[0].name);
-  const base = voiceNamed(BASE) ?? info.voices[0];
+  select("voice", info.voices[0].name);
+  const base = findAdapter(BASE) ?? info.voices[0];
   fillAnswer(answers[0], base.name, null);
   fillAnswer(answers[1], info.voices[0].name, info.voices[0].emotions[0]);
-  $("seeds").textContent = info.seeds ? "Both get the same random seed." : "Chance differs, too: ask more than once.";
-  say(info.free_slots ? "Ready." : `Busy: all ${info.slots} conversations are taken right now.`);
+  $("seeds").textContent = info.seeds ? "Both use the same random seed." : "Seeds differ: try several times.";
+  setStatus(info.free_slots ? "Ready." : `Busy: all ${info.slots} slots are in use.`);
   showState();
 }
 
-$("talk").onclick = talk;
-$("ask").onclick = ask;
-$("forget").onclick = () => {
+$("talk").onclick = toggleConversation;
+$("compare").onclick = compare;
+$("new-question").onclick = () => {
   question.clear();
   showState();
 };
 $("download").onclick = () => save(live ?? last, "conversation");
 answers.forEach((answer, i) => (answer.save.onclick = () => save(answer.conversation, `answer-${"ab"[i]}`)));
-window.addEventListener("hashchange", () => (takeToken(), load()));
-takeToken();
+window.addEventListener("hashchange", () => (readToken(), load()));
+readToken();
 load();

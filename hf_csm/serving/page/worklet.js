@@ -1,16 +1,16 @@
-// The audio thread: microphone in, Moshi's voice out. One processor does both, so what it reports of a stretch of time
-// are the two sides of the same instant, and recordings are aligned by construction. All lengths are in samples.
+// Audio thread: microphone in, Moshi out. One processor handles both, so that recordings of the two sides are aligned.
+// All lengths are in samples.
 
-const FADE = 128; // one quantum of Web Audio: long enough that an edge does not click
-const QUIET = 0.01; // peak below which a quantum may be left out to catch up
+const FADE = 128; // one Web Audio quantum: long enough to avoid clicks
+const QUIET = 0.01; // peak below which a quantum may be skipped to catch up
 
 class Duplex extends AudioWorkletProcessor {
   constructor() {
     super();
-    this.chunks = []; // Moshi's samples that wait to be played, oldest first
-    this.offset = 0; // how much of chunks[0] is played
+    this.chunks = []; // Moshi's samples to play, oldest first
+    this.offset = 0; // samples of chunks[0] already played
     this.queued = 0;
-    this.target = 0.12 * sampleRate; // what has to wait before playing starts: the jitter buffer
+    this.target = 0.12 * sampleRate; // jitter buffer: samples to queue before playback starts
     this.playing = false;
     this.underruns = 0;
     this.reportSize = 128 * Math.round((5 * sampleRate) / 24000); // a third of a frame at 24 kHz
@@ -41,8 +41,8 @@ class Duplex extends AudioWorkletProcessor {
     this.queued -= length;
   }
 
-  // Fill `out` with Moshi's voice, or silence. Too late: wait until the buffer, now longer, is full again. Too much:
-  // leave out quiet parts, and at two seconds whatever is too much, so that a hiccup of the network delays only once.
+  // Fills `out` with Moshi's audio or silence. After an underrun the jitter buffer grows and is refilled. With too many
+  // samples queued, quiet quanta are skipped, and above two seconds any, so that one network stall adds no lasting delay.
   play(out) {
     const size = out.length;
     if (!this.playing) {

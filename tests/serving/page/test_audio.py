@@ -1,4 +1,4 @@
-"""What the page does to sound and text, in a real Chromium: sample rates, WAV, words, the player's buffer."""
+"""Audio and text processing of the page in Chromium: resampling, WAV, words, the jitter buffer."""
 
 import pytest
 import soundfile
@@ -21,7 +21,7 @@ CASES = [
 """From, to, and the frequency of a tone."""
 
 
-def test_sound_is_resampled_without_aliases_and_whatever_the_chunks(page):
+def test_resampling_has_no_aliases_and_is_independent_of_chunks(page):
     levels = page.evaluate(
         """async (cases) => {
       const { Resampler, rms } = await import('/audio.js');
@@ -49,7 +49,7 @@ def test_sound_is_resampled_without_aliases_and_whatever_the_chunks(page):
             assert tone["level"] == pytest.approx(1, abs=0.01)
 
 
-def test_a_recording_is_a_stereo_wav(page, tmp_path):
+def test_recording_is_a_stereo_wav(page, tmp_path):
     content = page.evaluate(
         """async () => {
       const { wav } = await import('/audio.js');
@@ -62,7 +62,7 @@ def test_a_recording_is_a_stereo_wav(page, tmp_path):
     assert rate == SAMPLE_RATE and samples.tolist() == [[1, 32767], [-32768, 0], [3, -2]]
 
 
-def test_words_are_given_when_they_are_whole(page):
+def test_words_are_emitted_when_complete(page):
     said = page.evaluate(
         """async () => {
       const { Words } = await import('/chat.js');
@@ -99,7 +99,7 @@ WORKLET = """(source) => {
 }"""
 
 
-def test_the_player_waits_for_its_buffer_and_recovers_when_it_runs_dry(bare_page, worklet):
+def test_jitter_buffer_fills_before_playback_and_recovers_from_underrun(bare_page, worklet):
     begun, dry, again, underruns = bare_page.evaluate(
         WORKLET
         % """
@@ -117,7 +117,7 @@ def test_the_player_waits_for_its_buffer_and_recovers_when_it_runs_dry(bare_page
     assert again[2:] == [0.25] * 8
 
 
-def test_the_player_catches_up_in_pauses_and_keeps_words(bare_page, worklet):
+def test_player_catches_up_in_quiet_parts_only(bare_page, worklet):
     loud, caught_up, bounded = bare_page.evaluate(
         WORKLET
         % """

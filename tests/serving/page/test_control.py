@@ -1,4 +1,4 @@
-"""What the page sends: choices, and the sound of a microphone that is muted."""
+"""What the page sends: steering messages, and the audio of a muted microphone."""
 
 import json
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def talking(open_page, url):
-    """The function that opens the page with an emotion, starts, and returns it with the messages that it sends."""
+    """The function that opens the page with an emotion selected and starts; returns it with the messages sent."""
 
     def begin(emotion, script=None):
         page, sent = open_page(url, script), []
@@ -29,7 +29,7 @@ def controls(sent):
     return [json.loads(message) for message in sent if isinstance(message, str)]
 
 
-def test_what_is_passed_through_on_the_way_to_an_emotion_is_not_sent(talking):
+def test_intermediate_choices_are_not_sent(talking):
     page, sent = talking("happy")
     page.evaluate("for (const name of ['sad', 'angry', 'sad']) document.querySelector(`[value=${name}]`).click()")
     expect(page.locator("#steering")).to_contain_text("expressive, sad")
@@ -41,28 +41,28 @@ def test_what_is_passed_through_on_the_way_to_an_emotion_is_not_sent(talking):
     assert [(told["emotion"], told.get("now")) for told in controls(sent)[1:]] == [("angry", True)]
 
 
-def test_an_emotion_that_was_told_is_said_to_stay(talking):
+def test_page_warns_that_a_previous_emotion_persists(talking):
     page, _ = talking("happy")
-    expect(page.locator("#coloured")).to_be_empty()
+    expect(page.locator("#previous-emotion")).to_be_empty()
     for choice in ("none", "base (no adapter)"):
         page.locator(".choices").get_by_text(choice, exact=True).click()
-        expect(page.locator("#coloured")).to_contain_text("still colours what Moshi says")
+        expect(page.locator("#previous-emotion")).to_contain_text("previous emotion still affects")
     page.locator("#talk").click()
-    expect(page.locator("#coloured")).to_be_empty()
+    expect(page.locator("#previous-emotion")).to_be_empty()
     page.get_by_label("none").check()
     page.locator("#talk").click()
     expect(page.locator("#steering")).to_contain_text("Now:")
-    expect(page.locator("#coloured")).to_be_empty()
+    expect(page.locator("#previous-emotion")).to_be_empty()
 
 
-def test_a_muted_microphone_is_heard_as_a_quiet_room(talking):
+def test_muted_microphone_sends_room_tone(talking):
     page, sent = talking(
         "happy",
         """const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
         navigator.mediaDevices.getUserMedia = async (wanted) => (window.stream = await open(wanted));""",
     )
     page.evaluate("stream.getTracks()[0].enabled = false")
-    expect(page.locator("#status")).to_have_text("Nothing comes from the microphone. Is it muted?")
+    expect(page.locator("#status")).to_have_text("No sound from the microphone. Is it muted?")
     last = np.frombuffer([message for message in sent if isinstance(message, bytes)][-1][1:], "<i2")
     assert np.count_nonzero(last) > len(last) / 2
     assert np.abs(last).max() <= 3

@@ -1,4 +1,4 @@
-"""The page used as people use it, and what it says when something is wrong."""
+"""The page in normal use, and its error messages."""
 
 import re
 
@@ -53,10 +53,10 @@ def download(page, selector, folder):
     return path
 
 
-# ---- talking ----
+# ---- conversation ----
 
 
-def test_a_conversation(open_page, url, microphone, tmp_path):
+def test_conversation(open_page, url, microphone, tmp_path):
     page = open_page(url)
     expect(page.locator("#model")).to_contain_text("expressive")
     start(page)
@@ -90,7 +90,7 @@ def test_a_conversation(open_page, url, microphone, tmp_path):
 
 
 def check_recording(path, microphone):
-    """The fake microphone is heard left, Moshi right."""
+    """The fake microphone is on the left channel, Moshi on the right."""
     samples, rate = soundfile.read(path)
     assert rate == SAMPLE_RATE and samples.shape[1] == 2 and len(samples) % SAMPLES_PER_FRAME == 0
     user, moshi = samples.T
@@ -107,7 +107,7 @@ def envelope(samples):
     return np.sqrt(np.mean(samples[: len(samples) // block * block].reshape(-1, block) ** 2, axis=1))
 
 
-def test_a_browser_whose_microphone_has_another_rate(open_page, url, microphone, tmp_path):
+def test_microphone_with_another_sample_rate(open_page, url, microphone, tmp_path):
     # As Firefox does it: a microphone connects only to a context of its own rate.
     page = open_page(
         url,
@@ -124,19 +124,19 @@ def test_a_browser_whose_microphone_has_another_rate(open_page, url, microphone,
     check_recording(download(page, "#download", tmp_path), microphone)
 
 
-def test_the_same_question_gets_two_answers(open_page, url, tmp_path):
+def test_compares_two_answers_to_one_question(open_page, url, tmp_path):
     page = open_page(url)
-    expect(page.locator("#ask")).to_be_disabled()
+    expect(page.locator("#compare")).to_be_disabled()
     start(page)
     expect(page.locator("#question")).to_contain_text("Your question: 1.", timeout=8000)
     page.locator("#answer-s").fill("1.5")
-    page.locator("#ask").click()  # ends the conversation: the server may have one slot
+    page.locator("#compare").click()  # ends the conversation: the server may have one slot
     expect(page.locator("#talk")).to_be_disabled()
-    expect(page.locator("#asked")).to_have_text("Both have answered.", timeout=60_000)
+    expect(page.locator("#comparison")).to_have_text("Comparison complete.", timeout=60_000)
     assert problem(page) == ""
     answers = page.locator(".answer")
-    assert answers.nth(0).locator(".voice").input_value() == "base"
-    assert answers.nth(1).locator(".voice").input_value() == "expressive"
+    assert answers.nth(0).locator(".adapter").input_value() == "base"
+    assert answers.nth(1).locator(".adapter").input_value() == "expressive"
     assert answers.nth(1).locator(".emotion").input_value() == "happy"
     recordings = []
     for i in range(2):
@@ -154,11 +154,11 @@ def test_the_same_question_gets_two_answers(open_page, url, tmp_path):
     expect(page.get_by_role("button", name="Play answer B")).to_be_visible()
     assert float(answers.nth(1).locator(".seek").input_value()) >= position
     page.get_by_role("button", name="Pause answer A").click()
-    page.locator("#forget").click()
-    expect(page.locator("#ask")).to_be_disabled()
+    page.locator("#new-question").click()
+    expect(page.locator("#compare")).to_be_disabled()
 
 
-def test_keys_are_enough(open_page, url):
+def test_page_is_usable_with_the_keyboard(open_page, url):
     page = open_page(url)
     press_until(page, "Tab", "#talk")
     page.keyboard.press("Enter")
@@ -188,7 +188,7 @@ def press_until(page, key, selector):
     raise AssertionError(f"{key} does not lead to {selector}")
 
 
-def test_an_emotion_finds_the_voice_that_knows_it(open_page, serve, calm):
+def test_choosing_an_emotion_selects_an_adapter_that_supports_it(open_page, serve, calm):
     page = open_page(serve(calm).url)
     page.get_by_label("angry").check()
     assert page.locator(".answer .emotion").nth(1).input_value() == "angry"  # what will be compared
@@ -202,27 +202,27 @@ def test_an_emotion_finds_the_voice_that_knows_it(open_page, serve, calm):
     expect(page.locator("#steering")).to_have_text("Now: expressive, no emotion, 1.00.")
 
 
-def test_the_emotion_that_the_server_was_started_with(open_page, serve):
+def test_default_emotion_of_the_server_is_shown(open_page, serve):
     page = open_page(serve(default_emotion="sad").url)
     start(page)
     expect(page.locator("#steering")).to_have_text("Now: expressive, sad, 1.00.")
     expect(page.get_by_label("sad")).to_be_checked()
 
 
-# ---- what goes wrong ----
+# ---- errors ----
 
 
 ENDINGS = {
     1001: "The server is shutting down.",
     1008: "The server ended the conversation: too fast.",
     1009: "a message was too large",
-    1011: "it has failed. Its log says more.",
+    1011: "internal error. See the server log.",
     1013: "The server is too fast.",
     4000: "The server ended the conversation (4000 too fast).",
 }
 
 
-def test_how_a_server_ends_a_conversation(open_page, url):
+def test_close_codes_are_explained(open_page, url):
     page = open_page(url)
     codes = iter(ENDINGS)
 
@@ -239,13 +239,13 @@ def test_how_a_server_ends_a_conversation(open_page, url):
         expect(page.locator("#talk")).to_have_text("Start talking")
 
 
-def test_a_busy_server(open_page, url):
+def test_busy_server(open_page, url):
     first, second = open_page(url), open_page(url)
     start(first)
     second.locator("#talk").click()
     expect(second.locator("#problem")).to_contain_text("busy: all 1 conversations are taken; try again later")
     expect(second.locator("#talk")).to_have_text("Start talking")
-    third = open_page(url, status="Busy: all 1 conversations are taken right now.")
+    third = open_page(url, status="Busy: all 1 slots are in use.")
     first.locator("#talk").click()
     expect(first.locator("#status")).to_contain_text("Ended")
     page_talks_again(third)
@@ -261,44 +261,44 @@ def page_talks_again(page):
     raise AssertionError("the slot is not freed")
 
 
-def test_a_blocked_microphone(open_page, url):
+def test_blocked_microphone(open_page, url):
     page = open_page(url, permissions=[])
     page.locator("#talk").click()
-    expect(page.locator("#problem")).to_contain_text("The microphone is blocked. Allow it for this page")
+    expect(page.locator("#problem")).to_contain_text("Microphone access is blocked. Allow it for this page")
     expect(page.locator("#status")).to_have_text("Not connected.")
 
 
 BROKEN = {
-    "delete window.WebSocket": "This browser has no WebSocket",
-    "delete window.AudioWorkletNode": "This browser cannot play live sound",
-    "Object.defineProperty(Navigator.prototype, 'mediaDevices', {value: undefined})": "gives pages no microphone",
+    "delete window.WebSocket": "does not support WebSocket",
+    "delete window.AudioWorkletNode": "does not support AudioWorklet",
+    "Object.defineProperty(Navigator.prototype, 'mediaDevices', {value: undefined})": "not support microphone access",
 }
 
 
 @pytest.mark.parametrize("lack", BROKEN)
-def test_a_browser_that_lacks_something(open_page, url, lack):
-    page = open_page(url, lack, status="This browser cannot talk with Moshi.")
+def test_unsupported_browsers(open_page, url, lack):
+    page = open_page(url, lack, status="This browser is not supported.")
     expect(page.locator("#problem")).to_contain_text(BROKEN[lack])
     expect(page.locator("#talk")).to_be_disabled()
 
 
-def test_an_address_that_gets_no_microphone(open_page, url):
-    page = open_page(url.replace("localhost", "moshi.test"), status="This browser cannot talk with Moshi.")
-    expect(page.locator("#problem")).to_contain_text("only to pages from https:// or localhost")
+def test_insecure_address_has_no_microphone(open_page, url):
+    page = open_page(url.replace("localhost", "moshi.test"), status="This browser is not supported.")
+    expect(page.locator("#problem")).to_contain_text("only on https:// and localhost")
     expect(page.locator("#problem")).to_contain_text("moshi.test) and open http://localhost")
 
 
-def test_a_page_that_came_through_a_tunnel(open_page, serve):
+def test_page_behind_a_tunnel(open_page, serve):
     url = serve().url.replace("localhost", "moshi.localhost")  # a safe name, but not one of this machine's
     page = open_page(url, status="Not connected.", errors="403")
     expect(page.locator("#problem")).to_contain_text(f"Start it with --allow-origin {url[:-1]}.")
 
 
-REFUSALS = {"NotFoundError": "There is no microphone.", "NotReadableError": "another program may hold it"}
+REFUSALS = {"NotFoundError": "No microphone found.", "NotReadableError": "another program may be using it"}
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_no_microphone(open_page, url, name):
+def test_missing_microphone(open_page, url, name):
     refusal = f"navigator.mediaDevices.getUserMedia = async () => {{ throw new DOMException('no', '{name}') }}"
     page = open_page(url, refusal)
     page.locator("#talk").click()
@@ -306,7 +306,7 @@ def test_no_microphone(open_page, url, name):
     expect(page.locator("#status")).to_have_text("Not connected.")
 
 
-def test_a_microphone_that_is_unplugged_or_muted(open_page, url):
+def test_muted_or_unplugged_microphone(open_page, url):
     page = open_page(
         url,
         """const open = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
@@ -314,47 +314,47 @@ def test_a_microphone_that_is_unplugged_or_muted(open_page, url):
     )
     start(page)
     page.evaluate("stream.getTracks()[0].enabled = false")
-    expect(page.locator("#status")).to_have_text("Nothing comes from the microphone. Is it muted?")
+    expect(page.locator("#status")).to_have_text("No sound from the microphone. Is it muted?")
     page.evaluate("stream.getTracks()[0].dispatchEvent(new Event('ended'))")
-    expect(page.locator("#problem")).to_contain_text("The microphone is gone.")
+    expect(page.locator("#problem")).to_contain_text("microphone was disconnected.")
     expect(page.locator("#download")).to_be_enabled()
 
 
-def test_sound_that_the_phone_suspended(open_page, url):
+def test_suspended_audio_resumes(open_page, url):
     page = open_page(
         url, "AudioContext = class extends AudioContext { constructor(...o) { super(...o); window.context = this; } }"
     )
     start(page)
     page.evaluate("context.suspend()")
-    expect(page.locator("#status")).to_contain_text("The sound is suspended. Touch the page")
+    expect(page.locator("#status")).to_contain_text("Audio is suspended.")
     page.locator("h1").click()
     expect(page.locator("#status")).to_contain_text("Connected.")
 
 
 @pytest.mark.parametrize("way", ["stop", "cut"])
-def test_a_server_that_goes_away(open_page, serve, tmp_path, way):
+def test_server_stops_or_connection_is_lost(open_page, serve, tmp_path, way):
     server = serve()
     page = open_page(server.url, errors="WebSocket|ERR_CONNECTION")
     start(page)
     expect(page.locator("#question")).to_contain_text("Your question")
     getattr(server, way)()
-    words = {"stop": "The server is shutting down.", "cut": "The connection is lost."}
+    words = {"stop": "The server is shutting down.", "cut": "Connection lost."}
     expect(page.locator("#problem")).to_contain_text(words[way])
     expect(page.locator("#talk")).to_have_text("Start talking")
     assert len(soundfile.read(download(page, "#download", tmp_path))[0])
     server.stop()
     page.locator("#talk").click()
-    expect(page.locator("#problem")).to_contain_text("The server does not answer.")
+    expect(page.locator("#problem")).to_contain_text("Cannot reach the server.")
 
 
-def test_a_token(open_page, serve):
+def test_access_token(open_page, serve):
     url = serve(token="open sesame").url
     page = open_page(url, status="Not connected.", errors="401")
-    expect(page.locator("#problem")).to_have_text("This server wants a token.")
-    page.get_by_label("Token of this server").fill("wrong")
+    expect(page.locator("#problem")).to_have_text("This server requires a token.")
+    page.get_by_label("Server token").fill("wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#problem")).to_have_text("The server does not know this token.")
-    page.get_by_label("Token of this server").fill("open sesame")
+    expect(page.locator("#problem")).to_have_text("The server rejected this token.")
+    page.get_by_label("Server token").fill("open sesame")
     page.get_by_role("button", name="Use token").click()
     expect(page.locator("#status")).to_have_text("Ready.")
     linked = open_page(f"{url}#token=open%20sesame")
@@ -362,10 +362,10 @@ def test_a_token(open_page, serve):
     start(linked)
 
 
-# ---- for everybody ----
+# ---- accessibility ----
 
 
-def test_it_can_be_read_and_named(open_page, url):
+def test_contrast_and_accessible_names(open_page, url):
     page = open_page(url)
     start(page)
     expect(page.locator("#transcript .said").first).to_be_visible()
@@ -383,7 +383,7 @@ def test_it_can_be_read_and_named(open_page, url):
     assert {"status", "alert"} <= {node["role"]["value"] for node in nodes}
 
 
-def test_it_fits_a_phone(open_page, url):
+def test_fits_a_phone_screen(open_page, url):
     page = open_page(url, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     page.locator("#talk").tap()
