@@ -1,9 +1,9 @@
 """RAVDESS: 24 North American actors speak and sing two sentences in eight emotions and two intensities.
 
-2,452 audio-only clips (1,440 spoken, 1,012 sung; actor 18 did not sing) of about 4 seconds, 48 kHz, in two zips at
-Zenodo, read as they are. An extracted copy works too, under any folder: what counts are the file names. Published
-labels are the acted ones; the raters' are not part of the archives. There is no official split: actors 1-16 train,
-17-20 validate, 21-24 test, with as many women as men in each. The two sentences are in every split.
+Two zips at Zenodo hold 2,452 audio-only clips of about 4 seconds at 48 kHz: 1,440 spoken, which are the default, and
+1,012 sung (actor 18 did not sing). Extracted copies are recognized by their file names. The labels are the acted
+emotions; the archives do not contain the ratings. There is no official split: actors 1-16 are for training, 17-20 for
+validation, 21-24 for testing, with as many women as men in each. Both sentences occur in every split.
 
 Known defects of version 1.0.0, all handled: six stereo clips, one take of actor 7 stored twice, chunks other than
 `fmt ` and `data` in every wav; in the copy on Kaggle, every file twice. The audio inside the video files (modality 01)
@@ -64,10 +64,10 @@ class RavdessConfig(CorpusConfig):
     """Options of RAVDESS.
 
     Attributes:
-        subsets: what to read: speech, song or both.
+        subsets: speech, song or both.
     """
 
-    subsets: tuple[str, ...] = ("speech", "song")
+    subsets: tuple[str, ...] = ("speech",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

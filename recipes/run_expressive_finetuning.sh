@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# From raw corpora to an adapter that serves: prepare, encode, mix, train, evaluate, export.
+# From raw corpora to an exported adapter: prepare, encode, mix, train, evaluate, export.
 #
 #   recipes/run_expressive_finetuning.sh --gpus 1
 #   recipes/run_expressive_finetuning.sh --gpus 8 --skip-datasets --resume-from-checkpoint checkpoints/expressive/checkpoint_001000
 #
-#   --gpus N                       GPUs of this machine, 0 for the CPU (default: all there are)
+#   --gpus N                       number of GPUs, 0 for the CPU (default: all of this machine)
 #   --config YAML                  options of the run (default: recipes/configs/expressive_finetuning.yaml)
-#   --raw DIR                      raw corpora, each in a folder of its name: DIR/crema_d, ... (default: raw)
-#   --skip-datasets                train on the tables that are there; prepare and encode nothing
-#   --sample-seconds S             length of the clips in which the result speaks (default: 10)
-#   --resume-from-checkpoint PATH  go on from this checkpoint (default: from the newest of the run, if there is one)
-#   -- ...                         everything after this goes to the training, such as --lora.rank 64
+#   --raw DIR                      raw corpora, one folder each: DIR/crema_d, ... (default: raw)
+#   --skip-datasets                train on existing tables; prepare and encode nothing
+#   --sample-seconds S             length of the generated samples (default: 10)
+#   --resume-from-checkpoint PATH  resume from this checkpoint (default: the newest of the run, if there is one)
+#   -- ...                         options of the training, such as --lora.rank 64
 #
-# Paths in the configuration start from the folder of the repository. Its dataset.sources says which corpora: the source
-# codes/esd is made of prepared/esd beside it, and that of raw/esd. RAVDESS is downloaded if it is not there; a corpus
-# that is nowhere is left out of the mixture. A stage that fails stops the script with its name; run again, it skips what
-# is done.
+# Relative paths in the configuration start at the root of the repository. dataset.sources lists the corpora: codes/esd
+# is encoded from prepared/esd, which is prepared from raw/esd. RAVDESS (speech) is downloaded if it is missing; any
+# other missing corpus is left out of the mixture. The script stops at a stage that fails; run again, it skips the
+# finished stages.
 set -euo pipefail
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
@@ -52,27 +52,8 @@ stage=options
 trap 'status=$?; [ $status -eq 0 ] || [ "$stage" = options ] || printf "error: the stage \"%s\" failed.\n       Its own message is above. Run the same command again to go on from there.\n" "$stage" >&2' EXIT
 begin() { stage=$1; printf '\n--- %s\n' "$stage"; }
 
-# What the configuration says, a line each: run folder, base model, revision, longest window, last step; then the sources.
-mapfile -t options < <(python - --config "$config" "$@" <<'PYTHON'
-import sys
-
-from hf_csm.cli import run_command
-from hf_csm.config_parser import parse_run_config
-
-
-def show() -> None:
-    run = parse_run_config(sys.argv[1:])
-    paths = run.moshi_paths
-    print(run.run_dir, paths.hf_repo_id, paths.revision or "", run.dataset.duration_sec, run.training.max_steps, sep="\n")
-    print(*(source.path for source in run.dataset.training_sources()), sep="\n")
-
-
-sys.exit(run_command(show))
-PYTHON
-)
-[ ${#options[@]} -ge 6 ] || exit 1
-run_dir=${options[0]} base=${options[1]} revision=${options[2]} duration=${options[3]} max_steps=${options[4]}
-sources=("${options[@]:5}")
+plan=$(hf-csm plan "$config" "$@")
+eval "$plan"
 
 launch=()
 case "$gpus" in
@@ -83,88 +64,51 @@ esac
 encoder=(hf-csm)
 [ "$gpus" -le 1 ] || encoder=("${launch[@]}" --module hf_csm.cli)
 
-if [ $skip_datasets = false ]; then
-    for codes in "${sources[@]}"; do
-        corpus=$(basename "$codes") place=$(dirname "$codes")
-        prepared=$(dirname "$place")/prepared/$corpus
-        if [ -e "$codes" ] || [ "$(basename "$place")" != codes ]; then
-            continue # there already, or not ours to make: a Hub id, a folder of another kind
-        fi
-        if [ -e "$raw/$corpus" ]; then
-            begin "prepare $corpus"
-            hf-csm prepare "$corpus" --raw "$raw/$corpus" --out "$prepared"
-        elif [ "$corpus" = ravdess ]; then
-            begin "prepare $corpus"
-            hf-csm prepare "$corpus" --out "$prepared"
-        elif [ ! -d "$prepared" ]; then
-            continue
-        fi
-        begin "encode $corpus"
-        "${encoder[@]}" encode "$prepared" --out "$codes" --base-model "$base" ${revision:+--revision "$revision"} \
-            --duration-sec "$duration"
-    done
-fi
+[ $skip_datasets = false ] || missing=()
+for codes in "${missing[@]}"; do
+    corpus=$(basename "$codes")
+    prepared=$(dirname "$(dirname "$codes")")/prepared/$corpus
+    from=()
+    [ ! -e "$raw/$corpus" ] || from=(--raw "$raw/$corpus")
+    if [ ! -d "$prepared" ]; then
+        [ ${#from[@]} -gt 0 ] || [ "$corpus" = ravdess ] || continue
+        begin "prepare $corpus"
+        hf-csm prepare "$corpus" "${from[@]}" --out "$prepared"
+    fi
+    begin "encode $corpus"
+    "${encoder[@]}" encode "$prepared" --out "$codes" --base-model "$base_model" ${revision:+--revision "$revision"} \
+        --duration-sec "$duration_sec"
+done
 
 begin mix
-mixture=$(python - ${resume:+--resume} --config "$config" "$@" <<'PYTHON'
-import dataclasses
-import json
-import sys
-from pathlib import Path
-
-import yaml
-
-from hf_csm.cli import run_command
-from hf_csm.config_parser import parse_run_config
-from hf_csm.errors import UserError
-
-
-def show() -> None:
-    run = parse_run_config([argument for argument in sys.argv[1:] if argument != "--resume"])
-    sources = run.dataset.training_sources()
-    there = [source for source in sources if Path(source.path).exists() or Path(source.path).parent.name != "codes"]
-    for source in sources:
-        if source not in there:
-            print(f"{source.path} is not there and is left out of the mixture.", file=sys.stderr)
-    if not there:
-        raise UserError("None of the corpora is there.", "Put one in its folder under --raw; see --help.")
-    trained = Path(run.run_dir, "config.yaml")
-    mixture = [dataclasses.asdict(source) for source in there]
-    if trained.exists() and "--resume" not in sys.argv:
-        earlier = yaml.safe_load(trained.read_text())["dataset"]["sources"]
-        if earlier and earlier != mixture:
-            raise UserError(
-                f"{run.run_dir} was trained on another mixture: {json.dumps(earlier)}, not {json.dumps(mixture)}.",
-                "Give another folder with `-- --run_dir DIR`, or go on with --resume-from-checkpoint PATH.",
-            )
-    print(json.dumps(mixture))
-
-
-sys.exit(run_command(show))
-PYTHON
-)
+plan=$(hf-csm plan "$config" "$@")
+eval "$plan"
+for codes in "${missing[@]}"; do echo "$codes does not exist and is left out of the mixture." >&2; done
+[ "$mixture" != "[]" ] || fail "None of the corpora is there." "Put one in its folder under --raw; see --help."
+[ -n "$resume" ] || [ -z "$trained_mixture" ] || [ "$trained_mixture" = "$mixture" ] ||
+    fail "$run_dir was trained on another mixture: $trained_mixture, not $mixture." \
+        "Give another folder with \`-- --run_dir DIR\`, or resume with --resume-from-checkpoint PATH."
 mkdir -p "$run_dir"
 mix=(--dataset.manifest_path null --dataset.sources "$mixture")
 if [[ $mixture == *.jsonl\"* ]]; then
-    echo "A manifest is encoded when training begins, so the mixture cannot be shown before."
+    echo "The mixture has a manifest, which is encoded when training starts: it cannot be described yet."
 else
     hf-csm describe "$config" --out "$run_dir/mixture.png" "$@" "${mix[@]}"
 fi
 
 begin train
-last=$(printf '%s/checkpoint_%06d' "$run_dir" "$max_steps")
-if [ -d "$last" ] && [ -z "$resume" ]; then
-    echo "$last is there already."
+if [ -d "$last_checkpoint" ] && [ -z "$resume" ]; then
+    echo "$last_checkpoint is there already."
 else
     "${launch[@]}" recipes/train.py --config "$config" "$@" "${mix[@]}" --resume-from-checkpoint "${resume:-latest}"
 fi
 best=$run_dir/best
-[ -d "$best" ] || best=$last
+[ -d "$best" ] || best=$last_checkpoint
 
 begin evaluate
 device=cuda
 [ "$gpus" -gt 0 ] || device=cpu
-if [ -f "$run_dir/samples/samples.jsonl" ] && [ "$run_dir/samples/samples.jsonl" -nt "$last" ]; then
+if [ -f "$run_dir/samples/samples.jsonl" ] && [ "$run_dir/samples/samples.jsonl" -nt "$last_checkpoint" ]; then
     echo "$run_dir/samples is there already."
 else
     mkdir -p "$run_dir/samples"
@@ -175,11 +119,11 @@ fi
 tail -n 1 "$run_dir/metrics.jsonl"
 
 begin export
-if [ -d "$run_dir/export" ] && [ "$run_dir/export" -nt "$last" ]; then
+if [ -d "$run_dir/export" ] && [ "$run_dir/export" -nt "$last_checkpoint" ]; then
     echo "$run_dir/export is there already."
 else
     hf-csm export "$best" --out "$run_dir/export"
 fi
 stage=done
 echo
-echo "Done: $run_dir/export serves, $run_dir/samples can be listened to."
+echo "Done: the adapter is in $run_dir/export, samples are in $run_dir/samples."

@@ -1,4 +1,5 @@
 import errno
+import json
 import subprocess
 import sys
 
@@ -100,9 +101,8 @@ def test_preparing_again_says_that_there_is_nothing_to_do(tmp_path, capsys):
     [
         ([], {}),
         (["--languages", "en", "zh"], {"languages": ("en", "zh")}),
-        (["--languages", "en"], {"languages": "en"}),
-        (["--corpus-name=mine"], {"corpus_name": "mine"}),
-        (["--keep-unknown-speakers", "--test-sets", "Test1"], {"keep_unknown_speakers": True, "test_sets": "Test1"}),
+        (["--corpus-name=mine"], {"corpus_name": ("mine",)}),
+        (["--keep-unknown-speakers", "--test-sets", "Test1"], {"keep_unknown_speakers": (), "test_sets": ("Test1",)}),
     ],
 )
 def test_a_corpus_has_options_of_its_own(arguments, expected):
@@ -138,6 +138,28 @@ def test_describe_prints_the_mixture_of_a_configuration_and_draws_it(codes, tmp_
     shown = capsys.readouterr().out
     assert shown.count("25.0%") == 4
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plan_prints_what_the_workflow_script_needs_as_shell_assignments(tmp_path, capsys):
+    (tmp_path / "codes" / "ravdess").mkdir(parents=True)
+    config = tmp_path / "run.yaml"
+    paths = [str(tmp_path / "codes" / "ravdess"), str(tmp_path / "codes" / "esd"), "user/hub"]
+    sources = [{"path": path, "weight": 1.0, "revision": None} for path in paths]
+    config.write_text(json.dumps({"run_dir": f"{tmp_path}/my run", "dataset": {"sources": sources}}))
+    assert main(["plan", str(config), "--training.max_steps", "7"]) == 0
+    script = (
+        capsys.readouterr().out
+        + 'printf "%s\\n" "$run_dir" "$last_checkpoint" "$mixture" "$trained_mixture" "${missing[@]}"'
+    )
+    shown = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert shown[:2] == [f"{tmp_path}/my run", f"{tmp_path}/my run/checkpoint_000007"]
+    assert json.loads(shown[2]) == [sources[0], sources[2]]
+    assert shown[3:] == ["", paths[1]]
+
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "config.yaml").write_text(json.dumps({"dataset": {"sources": sources[:1]}}))
+    assert main(["plan", str(config)]) == 0
+    assert f"trained_mixture='{json.dumps(sources[:1])}'" in capsys.readouterr().out
 
 
 def test_a_manifest_is_exported_and_encoded(prepared, tiny_moshi, tmp_path, capsys):

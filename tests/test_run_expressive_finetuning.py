@@ -65,10 +65,10 @@ def test_raw_corpora_become_an_adapter_and_a_second_run_skips_what_is_done(confi
     assert first.returncode == 0, first.stdout + first.stderr
     stages = [line.removeprefix("--- ") for line in first.stdout.splitlines() if line.startswith("--- ")]
     assert stages == [
-        *(f"{verb} {corpus}" for corpus in ("ravdess", "crema_d") for verb in ("prepare", "encode")),
+        *(f"{command} {corpus}" for corpus in ("ravdess", "crema_d") for command in ("prepare", "encode")),
         "mix", "train", "evaluate", "export",
     ]  # fmt: skip
-    assert "codes/esd is not there and is left out" in first.stderr
+    assert "codes/esd does not exist and is left out" in first.stderr
     run_dir = tmp_path / "run"
     assert {path.name for path in (run_dir / "export").iterdir()} >= {"lora.safetensors", "config.json"}
     assert (run_dir / "mixture.png").read_bytes()[:4] == b"\x89PNG"
@@ -117,14 +117,14 @@ def test_a_failed_stage_stops_the_script_with_its_name(config, tmp_path):
         (("--resume-from-checkpoint", "nowhere"), "nowhere: no such checkpoint"),
     ],
 )
-def test_a_wrong_argument_is_said_in_two_lines(arguments, words):
+def test_a_wrong_argument_is_an_error_of_two_lines(arguments, words):
     result = run(*arguments)
     assert result.returncode == 1
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 2
 
 
-def test_without_any_corpus_it_says_where_to_put_one(config, tmp_path):
+def test_without_any_corpus_the_error_is_in_stage_mix(config, tmp_path):
     result = run("--gpus", 0, "--config", config, "--skip-datasets")
     assert result.returncode == 1
     assert "None of the corpora is there." in result.stderr

@@ -61,6 +61,15 @@ def add_data_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     describe.add_argument("config", help="YAML file of a run")
     describe.add_argument("--out", type=Path, default=Path("mixture.png"), help="picture (default: mixture.png)")
 
+    plan = add_verb(
+        "plan",
+        _plan,
+        "Print what a run needs and which tables are missing, as shell assignments.",
+        takes_more=True,
+        epilog="Options of the configuration may follow, as in training: --run_dir DIR",
+    )
+    plan.add_argument("config", help="YAML file of a run")
+
     manifest = add_verb(
         "export-manifest", _export_manifest, "Write conversations as moshi-finetune reads them: WAV, JSON and JSONL."
     )
@@ -97,12 +106,12 @@ def _composition(options: argparse.Namespace) -> Any:
 
 
 def corpus_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return what follows the options that all corpora share: `--languages en zh` -> `{"languages": ("en", "zh")}`.
+    """Split the options of a corpus: `--languages en zh` -> `{"languages": ("en", "zh")}`.
 
-    An option without value is `True`, one with a single value is that value.
+    The corpus checks names and types.
 
     Raises:
-        UserError: an argument that belongs to no option, or one that is not of a corpus alone.
+        UserError: a value without an option, or an option that all corpora share.
     """
     options: dict[str, list[str]] = {}
     name = None
@@ -111,14 +120,13 @@ def corpus_options(arguments: Sequence[str]) -> dict[str, Any]:
             name, equals, value = argument[2:].partition("=")
             name = name.replace("-", "_")
             if name in SHARED_OPTIONS:
-                raise UserError(f"{argument} is not an option.", "See hf-csm prepare --help for how it is spelt.")
+                raise UserError(f"{argument} is not an option.", "See hf-csm prepare --help for its spelling.")
             options[name] = [value] if equals else []
         elif name is None:
-            raise UserError(f"{argument!r} is no option.", "Name the raw corpus with --raw.")
+            raise UserError(f"{argument!r} is not an option.", "Name the raw corpus with --raw.")
         else:
             options[name].append(argument)
-    plain = {0: lambda values: True, 1: lambda values: values[0]}
-    return {name: plain.get(len(values), tuple)(values) for name, values in options.items()}
+    return {name: tuple(values) for name, values in options.items()}
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -204,6 +212,13 @@ def _describe(options: argparse.Namespace) -> None:
     print(description.render())
     description.draw(options.out)
     print(f"Drawn in {options.out}.")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from hf_csm.commands.plan import render_plan
+    from hf_csm.config_parser import parse_run_config
+
+    print(render_plan(parse_run_config(["--config", options.config, *options.more], prog="hf-csm plan")))
 
 
 def _export_manifest(options: argparse.Namespace) -> None:

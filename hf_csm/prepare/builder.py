@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import datasets
 import numpy as np
@@ -56,8 +56,9 @@ class CorpusConfig(datasets.BuilderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        kinds = get_type_hints(type(self))
         for option in config_options(type(self)):
-            setattr(self, option.name, _read_option(option, getattr(self, option.name)))
+            setattr(self, option.name, _read_option(option.name, kinds[option.name], getattr(self, option.name)))
 
 
 @dataclass(frozen=True)
@@ -301,23 +302,27 @@ def config_options(config_class: type[CorpusConfig]) -> list[dataclasses.Field[A
     return [option for option in dataclasses.fields(config_class) if option.name not in inner]
 
 
-def _read_option(option: dataclasses.Field[Any], value: Any) -> Any:
-    """Return the value of an option in its declared type; a `UserError` if a command line gave something else."""
-    kind = str(option.type)
-    if kind == "bool":
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
+def _read_option(name: str, kind: Any, value: Any) -> Any:
+    """Return an option's value in its declared type.
+
+    From the command line it comes as a tuple of words, `()` for an option without a value; from Python as it is.
+
+    Raises:
+        UserError: it has another type.
+    """
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    is_text = all(isinstance(item, str) for item in values)
+    if kind is bool:
+        text = "true" if values == () else str(value if len(values) != 1 else values[0]).lower()
+        if text in ("true", "false"):
+            return text == "true"
         remedy = "Give true or false."
-    elif kind == "tuple[str, ...]":
-        values = (value,) if isinstance(value, str) else value
-        if isinstance(values, (list, tuple)) and all(isinstance(item, str) for item in values):
-            return tuple(values)
-        remedy = "Give a name, or several with commas between them."
+    elif get_origin(kind) is tuple:
+        if is_text:
+            return values
+        remedy = "Give one name or several."
     else:
-        assert kind in ("str", "str | None"), (option.name, kind)
-        if isinstance(value, str) or (value is None and kind != "str"):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        remedy = "Give it one text, in quotes if there are spaces or commas in it."
-    raise UserError(f"{option.name} cannot be {value!r}.", remedy)
+        if len(values) == 1 and (is_text or (value is None and type(None) in get_args(kind))):
+            return values[0]
+        remedy = "Give one text, in quotes if it contains spaces."
+    raise UserError(f"{name} cannot be {value!r}.", remedy)

@@ -14,6 +14,7 @@ from hf_csm.prepare.utterance import Tally
 from hf_csm.testing.ravdess import DUPLICATE, clip_bytes, clip_names, write_ravdess
 
 
+BOTH = ("speech", "song")
 SMALL = {"emotions": ("neutral", "happy"), "statements": (1,), "repetitions": (1,), "intensities": (1,)}
 
 
@@ -47,7 +48,7 @@ def test_every_name_of_the_grid_is_known_and_the_splits_are_by_actor(tmp_path):
     names = [*clip_names("01", range(1, 25)), *clip_names("02", range(1, 25))]
     assert len(names) == 1_440 + 1_012
     touch(tmp_path, *(f"{name}.wav" for name in names))
-    shards, tally = make_builder("ravdess", tmp_path).shards()
+    shards, tally = make_builder("ravdess", tmp_path, subsets=BOTH).shards()
     actors = {
         split: [int(s.utterances[0].speaker_id[-2:]) for s in shards if s.split == split]
         for split in ("train", "validation", "test")
@@ -63,7 +64,7 @@ def test_every_name_of_the_grid_is_known_and_the_splits_are_by_actor(tmp_path):
 @pytest.mark.parametrize("layout", ["zips", "actors", "speech_root", "merged"])
 def test_every_layout_gives_the_same_clips(tmp_path, layout):
     raw = write_ravdess(tmp_path, actors=(17, 18), song=True, layout=layout, **SMALL)
-    utterances, tally = listing(raw)
+    utterances, tally = listing(raw, subsets=BOTH)
     assert [u.id for u in utterances] == [
         f"ravdess-{name}" for actor in (17, 18) for c in ("01", "02") for name in clip_names(c, [actor], **SMALL)
     ]
@@ -76,14 +77,17 @@ def test_one_zip_or_a_list_of_zips_can_be_named(tmp_path):
     raw = write_ravdess(tmp_path, actors=(1,), song=True, **SMALL)
     zips = sorted(raw.glob("*.zip"))
     assert len(zips) == 2
-    assert [len(listing(source)[0]) for source in (zips[0], zips[1], zips)] == [2, 2, 4]
+    assert [len(listing(source, subsets=BOTH)[0]) for source in (zips[0], zips[1], zips)] == [2, 2, 4]
 
 
-def test_subsets_are_what_was_asked_for_and_the_rest_is_counted(tmp_path):
+def test_speech_is_the_default_and_clips_of_other_subsets_are_counted(tmp_path):
     raw = write_ravdess(tmp_path, actors=(1,), song=True, **SMALL)
     utterances, tally = listing(raw, subsets=("song",))
     assert {u.id[8:13] for u in utterances} == {"03-02"}
     assert tally.counts == {("dropped", "speech was not asked for"): 2}
+    utterances, tally = listing(raw)
+    assert {u.id[8:13] for u in utterances} == {"03-01"}
+    assert tally.counts == {("dropped", "song was not asked for"): 2}
     with pytest.raises(UserError, match="subsets"):
         listing(raw, subsets=("video",))
 
@@ -158,7 +162,10 @@ def test_without_a_source_the_published_zips_are_fetched_and_read(tmp_path, monk
         return raw / archive.url.rpartition("/")[2].partition("?")[0]
 
     monkeypatch.setattr("hf_csm.prepare.builder.download", fake_download)
-    assert len(listing(None)[0]) == 4
+    assert len(listing(None)[0]) == 2
+    assert asked == [ARCHIVES["speech"]]
+    asked.clear()
+    assert len(listing(None, subsets=BOTH)[0]) == 4
     assert asked == list(ARCHIVES.values())
     assert all(len(archive.md5) == 32 and archive.num_bytes for archive in asked)
 

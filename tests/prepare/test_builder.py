@@ -133,6 +133,7 @@ def test_a_speaker_in_two_splits_is_refused_before_anything_is_read(tmp_path, mo
     [
         ("csv_manifest", {"license": True}, "license cannot be True"),
         ("csv_manifest", {"license": ("cc", "by")}, "license cannot be"),
+        ("csv_manifest", {"license": ()}, "license cannot be"),
         ("csv_manifest", {"corpus_name": 1.5}, r"corpus_name cannot be 1\.5"),
         ("ravdess", {"subsets": True}, "subsets cannot be True"),
         ("esd", {"languages": ("en", 3)}, "languages cannot be"),
@@ -147,13 +148,15 @@ def test_an_option_of_another_type_is_an_error_that_names_it(corpus, options, me
         make_builder(corpus, "raw", **options)
 
 
-def test_options_as_a_command_line_gives_them_become_what_they_mean(tmp_path):
-    options = {"keep_unknown_speakers": "False", "allow_missing_text": "true", "test_sets": ["Test1"]}
+def test_options_from_a_command_line_and_from_python_are_converted_to_their_types(tmp_path):
+    options = {"keep_unknown_speakers": ("False",), "allow_missing_text": (), "test_sets": ("Test1",)}
     config = make_builder("msp_podcast", "raw", **options).config
     assert (config.keep_unknown_speakers, config.allow_missing_text) == (False, True)
     assert config.test_sets == ("Test1",)
+    config = make_builder("msp_podcast", "raw", keep_unknown_speakers="true", test_sets="Test1").config
+    assert (config.keep_unknown_speakers, config.test_sets) == (True, ("Test1",))
     (tmp_path / "a.csv").write_text("path,text,emotion,speaker\n")
-    assert make_builder("csv_manifest", tmp_path, corpus_name=2024).corpus == "2024"
+    assert make_builder("csv_manifest", tmp_path, corpus_name=("2024",)).corpus == "2024"
 
 
 @pytest.mark.parametrize(
