@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_csm.corpora import load_corpus
+    from hf_csm.mixture.interleave import interleave_corpora
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_corpus"]
+__all__ = ["__version__", "interleave_corpora", "load_corpus"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from hf_csm.corpora import load_corpus
 
         return load_corpus
+    if name == "interleave_corpora":
+        from hf_csm.mixture.interleave import interleave_corpora
+
+        return interleave_corpora
     raise AttributeError(f"module 'hf_csm' has no attribute {name!r}")

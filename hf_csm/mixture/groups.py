@@ -29,6 +29,8 @@ TRAIT_COLUMNS: dict[Trait, str] = {
 """Columns of prepared tables and of tables of codes that rows can be grouped by."""
 DRAWS_PER_BLOCK = 1_000
 """Groups drawn at a time. Part of the order: with another value, a resumed run would not repeat its windows."""
+MAX_CHOICES = 12
+"""Most values that a message lists; there may be thousands of speakers."""
 
 
 @dataclass(frozen=True)

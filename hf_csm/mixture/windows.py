@@ -17,12 +17,8 @@ from hf_csm.data.labels import EMOTIONS
 from hf_csm.data.table import ParquetRows, nested_to_numpy, read_card_metadata, split_files
 from hf_csm.errors import UserError
 from hf_csm.hub import check_whole, find_table
-from hf_csm.mixture.groups import Group, make_groups, read_traits
+from hf_csm.mixture.groups import MAX_CHOICES, Group, make_groups, read_traits
 from hf_csm.units import FRAME_RATE, Frames, Seconds, frames_to_seconds, seconds_to_frames
-
-
-MOST_CHOICES = 12
-"""Values that a message lists at the most; there may be thousands of speakers."""
 
 
 class WindowTable:
@@ -153,11 +149,11 @@ class WindowTable:
             for label in wanted or ():
                 if label not in known:
                     near = difflib.get_close_matches(label, known, n=1, cutoff=0.75)
-                    more = f" and {len(known) - MOST_CHOICES} more" if len(known) > MOST_CHOICES else ""
+                    more = f" and {len(known) - MAX_CHOICES} more" if len(known) > MAX_CHOICES else ""
                     raise UserError(
                         f"dataset.{name} has {label!r}, which no training window has.",
                         (f"Did you mean {near[0]}? " if near else "")
-                        + (f"There are {', '.join(known[:MOST_CHOICES])}{more}." if known else "They name none."),
+                        + (f"There are {', '.join(known[:MAX_CHOICES])}{more}." if known else "They name none."),
                     )
 
 
