@@ -22,14 +22,14 @@ def main(argv: list[str]) -> None:
     config = parse_run_config(argv)
 
     # `--help` and a misspelt option answer at once: the heavy imports come after.
-    from hf_csm.models.moshi.export import consolidate
+    from hf_csm.models import get_family
     from hf_csm.publish.push_run import check_push, push_run
     from hf_csm.training.loop import train
 
     is_main = int(os.environ.get("RANK", 0)) == 0
     if is_main:  # not after days of training
         check_push(config)
-    checkpoint = train(config, consolidate)
+    checkpoint = train(config, get_family(config.moshi_paths.hf_repo_id))
     if is_main:
         print(f"{checkpoint} is written. Turn it into a folder that serves: hf-csm export {checkpoint} --out DIR")
         url = push_run(config, checkpoint)

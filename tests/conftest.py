@@ -51,10 +51,11 @@ def codes(tiny_moshi: Path, prepared: Path, tmp_path_factory: pytest.TempPathFac
     """The prepared RAVDESS encoded with the tiny Mimi in windows of up to 12 s. Do not write."""
     from hf_csm.encode.compose import Composition
     from hf_csm.encode.run import encode
-    from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_mimi
+    from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint
+    from hf_csm.models.moshi.codec import load_codec
 
     base = find_checkpoint(str(tiny_moshi))
     out = tmp_path_factory.mktemp("codes") / "ravdess"
     composition = Composition(duration_s=12.0)
-    encode(prepared, out, load_mimi(base), codec_sha256(base), composition=composition, progress=False)
+    encode(prepared, out, load_codec(base), codec_sha256(base), composition=composition, progress=False)
     return out

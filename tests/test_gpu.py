@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from hf_csm.models.family import RuntimeAdapter
+from hf_csm.models.moshi import MOSHI
 from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi
 from hf_csm.models.moshi.codec import encode_waveforms
 from hf_csm.models.moshi.engine import Engine
-from hf_csm.models.moshi.export import consolidate, export_native
+from hf_csm.models.moshi.export import export_native
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi
-from hf_csm.models.moshi.runtime_lora import Adapter, add_adapters
+from hf_csm.models.moshi.runtime_lora import add_adapters
 from hf_csm.training.loop import train
 from hf_csm.training.metrics_log import read_metrics
 from hf_csm.units import SAMPLES_PER_FRAME
@@ -74,8 +76,8 @@ def test_a_run_on_the_gpu_learns_and_resumes(base, codes, tmp_path):
             training=TrainingConfig(max_steps=6, save_every=3, eval_every=3, eval_windows=4, trackers=[]),
         )
 
-    train(config("straight"), consolidate)
-    train(config("resumed", str(tmp_path / "straight" / "checkpoint_000003")), consolidate)
+    train(config("straight"), MOSHI)
+    train(config("resumed", str(tmp_path / "straight" / "checkpoint_000003")), MOSHI)
     straight = [line["loss"] for line in read_metrics(tmp_path / "straight" / "metrics.jsonl") if "loss" in line]
     resumed = [line["loss"] for line in read_metrics(tmp_path / "resumed" / "metrics.jsonl") if "loss" in line]
     assert straight[-1] < straight[0]
@@ -113,7 +115,9 @@ def test_strengths_reach_cuda_graphs_that_were_captured_before(base, tmp_path):
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
     export_native(model, base, tmp_path / "adapter")
     lm = base.get_moshi(device="cuda", dtype=torch.float32)
-    strengths = add_adapters(lm, [Adapter("mine", tmp_path / "adapter" / "lora.safetensors", 4, 2.0)], num_slots=1)
+    strengths = add_adapters(
+        lm, [RuntimeAdapter("mine", tmp_path / "adapter" / "lora.safetensors", 4, 2.0)], num_slots=1
+    )
     engine = Engine(lm, load_mimi(base, "cuda"), strengths=strengths, use_sampling=False)
     engine.warm_up()
     said = []

@@ -155,7 +155,8 @@ def _encode(options: argparse.Namespace) -> None:
     from hf_csm.encode.dialogues import encode_manifest
     from hf_csm.encode.run import encode
     from hf_csm.hub import find_table
-    from hf_csm.models.moshi.checkpoint import choose_device, codec_sha256, find_checkpoint, load_mimi
+    from hf_csm.models import get_family
+    from hf_csm.models.moshi.checkpoint import choose_device
 
     composition = _composition(options)
     if options.batch_sec is not None and not options.batch_sec > 0:
@@ -170,8 +171,9 @@ def _encode(options: argparse.Namespace) -> None:
             'Leave them out; a row\'s own "emotion" is its label.',
         )
     prepared = Path(options.prepared) if is_manifest else find_table(options.prepared)
-    base = find_checkpoint(options.base_model, options.revision)
-    mimi, sha256 = load_mimi(base, device), codec_sha256(base)
+    family = get_family(options.base_model)
+    base = family.find_checkpoint(options.base_model, options.revision)
+    codec, sha256 = family.load_codec(base, device), family.codec_sha256(base)
     shared: dict[str, Any] = {
         "composition": composition,
         "batch_s": options.batch_sec,
@@ -180,9 +182,9 @@ def _encode(options: argparse.Namespace) -> None:
         "progress": rank == 0,
     }
     if is_manifest:
-        report = encode_manifest(prepared, options.out, mimi, sha256, **shared)
+        report = encode_manifest(prepared, options.out, codec, sha256, **shared)
     else:
-        report = encode(prepared, options.out, mimi, sha256, label=options.label, variants=options.variants, **shared)
+        report = encode(prepared, options.out, codec, sha256, label=options.label, variants=options.variants, **shared)
     if rank == 0:
         if not report.is_new:
             print(ALREADY_THERE.format(out=options.out))

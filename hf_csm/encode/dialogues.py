@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -32,6 +32,7 @@ from hf_csm.encode.prepared_corpus import EncodeReport, count_cells
 from hf_csm.encode.run import encode_units
 from hf_csm.encode.staging import cut_units
 from hf_csm.errors import UserError
+from hf_csm.models.family import Codec
 from hf_csm.units import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -40,9 +41,6 @@ from hf_csm.units import (
     seconds_to_samples,
 )
 
-
-if TYPE_CHECKING:
-    from moshi.models import MimiModel
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
 SHORTEST_S = 1.0
@@ -87,7 +85,7 @@ class Segment(Conversation):
 def encode_manifest(
     manifest: Path,
     out: Path,
-    mimi: MimiModel,
+    codec: Codec,
     codec_sha256: str,
     *,
     composition: Composition | None = None,
@@ -97,7 +95,7 @@ def encode_manifest(
     world_size: int = 1,
     progress: bool = True,
 ) -> EncodeReport:
-    """Cut the dialogues of a manifest into windows and encode them with Mimi, as rows of the split `train`.
+    """Cut the dialogues of a manifest into windows and encode them, as rows of the split `train`.
 
     Staging, resuming and sharing of the work are those of `encode`.
 
@@ -140,7 +138,7 @@ def encode_manifest(
         units,
         lambda _: dialogues,
         out,
-        mimi,
+        codec,
         metadata,
         EncodeReport(count_cells(units), noted=dict(dialogues.noted)),
         batch_s=batch_s,

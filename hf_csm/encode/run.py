@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +20,9 @@ from hf_csm.data.table import SplitInfo, write_card
 from hf_csm.encode.compose import Composition, Conversation, turns_of
 from hf_csm.encode.prepared_corpus import EncodeReport, PreparedCorpus, count_cells, plan_shards
 from hf_csm.encode.staging import Staging, Unit
-from hf_csm.models.moshi.codec import encode_waveforms
+from hf_csm.models.family import Codec
 from hf_csm.units import SAMPLES_PER_FRAME, samples_to_seconds
 
-
-if TYPE_CHECKING:
-    from moshi.models import MimiModel
 
 __all__ = ["EncodeReport", "encode", "encode_units", "plan_shards", "window_table"]
 
@@ -52,7 +49,7 @@ class Sound(Protocol[Item_contra]):
 def encode(
     prepared: Path,
     out: Path,
-    mimi: MimiModel,
+    codec: Codec,
     codec_sha256: str,
     *,
     composition: Composition | None = None,
@@ -63,14 +60,14 @@ def encode(
     world_size: int = 1,
     progress: bool = True,
 ) -> EncodeReport:
-    """Compose the clips of a prepared corpus into conversations and encode them with Mimi.
+    """Compose the clips of a prepared corpus into conversations and encode them.
 
     Parts are written beside `out`, which is there when it is whole; a run that was stopped goes on after its last
     part. With the same arguments but `rank`, several processes share the work, on any machines that see both folders.
 
     Args:
         prepared: folder that `prepare` wrote.
-        mimi: codec of the base model, all codebooks active.
+        codec: of the base model.
         codec_sha256: hash that names the codec in the card.
         variants: different sets of conversations from the same clips.
         label: which emotion of a clip counts: `acted`, `perceived`, or `agreed` for those where both are the same.
@@ -98,7 +95,7 @@ def encode(
         units,
         lambda conversations: corpus.read(conversations, composition),
         out,
-        mimi,
+        codec,
         metadata,
         EncodeReport(count_cells(units), dropped),
         batch_s=batch_s,
@@ -112,7 +109,7 @@ def encode_units(
     units: Sequence[Unit[Item]],
     read: Callable[[Sequence[Item]], Sound[Item]],
     out: Path,
-    mimi: MimiModel,
+    codec: Codec,
     metadata: Mapping[str, Any],
     report: EncodeReport,
     *,
@@ -132,8 +129,8 @@ def encode_units(
         the report; it says whether the table is in its place.
     """
     assert 0 <= rank < world_size, (rank, world_size)
-    batch_s = batch_s or (GPU_BATCH_S if next(mimi.parameters()).is_cuda else CPU_BATCH_S)
-    facts = {"stage": "codes", "version": WINDOWS_VERSION, "num_codebooks": mimi.num_codebooks, **metadata}
+    batch_s = batch_s or (GPU_BATCH_S if codec.device.type == "cuda" else CPU_BATCH_S)
+    facts = {"stage": "codes", "version": WINDOWS_VERSION, "num_codebooks": codec.num_codebooks, **metadata}
     facts = json.loads(json.dumps(facts))
     facts["fingerprint"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     staging = Staging(out, facts["fingerprint"])
@@ -148,7 +145,7 @@ def encode_units(
                 continue
             try:
                 with staging.part(unit, WINDOW_FEATURES) as writer:
-                    for table in _encode_unit(unit, read(unit.conversations), facts["corpus"], mimi, batch_s, bar):
+                    for table in _encode_unit(unit, read(unit.conversations), facts["corpus"], codec, batch_s, bar):
                         writer.write(table)
             except FileNotFoundError:  # another run with the same settings was faster and removed all that was staged
                 if not staging.is_published():
@@ -196,13 +193,13 @@ def window_table(
 
 
 def _encode_unit(
-    unit: Unit[Item], sound: Sound[Item], corpus: str, mimi: MimiModel, batch_s: float, bar: tqdm
+    unit: Unit[Item], sound: Sound[Item], corpus: str, codec: Codec, batch_s: float, bar: tqdm
 ) -> list[pa.Table]:
     """Encode the conversations of a unit, longest batches first; return their rows in order."""
     tables: dict[str, pa.Table] = {}
     for batch in _batches(unit.conversations, batch_s):
         waveforms = [sound.waveform(conversation) for conversation in batch]
-        for conversation, codes in zip(batch, encode_waveforms(mimi, waveforms), strict=True):
+        for conversation, codes in zip(batch, codec.encode(waveforms), strict=True):
             words = sound.words(conversation)
             tables[conversation.id] = window_table(conversation, codes, corpus, unit.split, words)
         bar.update(round(sum(samples_to_seconds(conversation.num_samples) for conversation in batch)))

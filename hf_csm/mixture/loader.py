@@ -8,19 +8,17 @@ train on what one process would.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import numpy as np
 
 from hf_csm.config import DatasetConfig
-from hf_csm.data.labels import UNLABELLED
 from hf_csm.errors import UserError
 from hf_csm.mixture.collate import Batch, collate
 from hf_csm.mixture.groups import Group, draw_rows, group_probabilities
 from hf_csm.mixture.windows import WindowTable
 from hf_csm.models.family import Layout, Window
-from hf_csm.models.moshi.layout import Tokenize, lay_out
 from hf_csm.units import Frames, seconds_to_frames
 
 
@@ -76,7 +74,7 @@ class MixtureLoader:
     Args:
         table: windows of the training split.
         layout: streams of the model.
-        tokenize: text to token ids.
+        lay_out: `(row, *, prefix, max_frames)`: a row of a codes table to a window; of the model's family.
         seed: of the order and of the prefix dropout.
         rank: number of this process.
         world_size: number of processes.
@@ -86,14 +84,14 @@ class MixtureLoader:
         self,
         table: WindowTable,
         layout: Layout,
-        tokenize: Tokenize,
+        lay_out: Callable[..., Window],
         config: DatasetConfig,
         *,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.table, self.layout, self.tokenize, self.config = table, layout, tokenize, config
+        self.table, self.layout, self.lay_out, self.config = table, layout, lay_out, config
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.groups, self.probabilities = mix(table, config)
 
@@ -124,7 +122,7 @@ class MixtureLoader:
 
     def _window(self, draw: int, row: int) -> Window:
         dropped = np.random.default_rng([self.seed, draw]).random() < self.config.prefix_dropout
-        return lay_out_row(self.table, row, self.layout, self.tokenize, self.config, with_prefix=not dropped)
+        return lay_out_row(self.table, row, self.lay_out, self.config, with_prefix=not dropped)
 
 
 def validation_batches(table: WindowTable, config: DatasetConfig, *, max_windows: int) -> list[list[int]]:
@@ -142,8 +140,7 @@ def validation_batches(table: WindowTable, config: DatasetConfig, *, max_windows
 def lay_out_row(
     table: WindowTable,
     row: int,
-    layout: Layout,
-    tokenize: Tokenize,
+    lay_out: Callable[..., Window],
     config: DatasetConfig,
     *,
     with_prefix: bool = True,
@@ -153,9 +150,6 @@ def lay_out_row(
     has_prefix = emotion is not None and config.control == "prefix" and with_prefix
     return lay_out(
         table.row(row),
-        layout,
-        tokenize,
-        emotion=emotion or UNLABELLED,
         prefix=config.prefix_template.format(emotion=emotion) if has_prefix else None,
         max_frames=table.max_frames,
     )

@@ -1,13 +1,21 @@
-"""What every model family promises the training loop."""
+"""What a model family provides: a record of functions, and the types that they share.
+
+`hf_csm.models.get_family` returns the record of a checkpoint. Training, encode, publish, evaluation and serving call
+its functions and import no family.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from hf_csm.config import LossConfig
 from hf_csm.units import Frames
 
 
@@ -17,13 +25,13 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """What a model family tells the data about its streams. Stream 0 is text, then audio, Moshi's channel first.
+    """The token streams of a model. Stream 0 is text, then audio, the model's own channel first.
 
     Attributes:
         delays: frames by which the model shifts each stream, one per stream, `[K]`.
-        num_predicted_codebooks: codebooks of Moshi's channel that the model predicts: streams 1 to this number.
-        num_user_codebooks: codebooks of the user's channel that the model hears: the streams after those.
-        text_padding_id: text token of a frame in which no word begins or goes on.
+        num_predicted_codebooks: codebooks of the model's own channel, which it predicts: streams 1 to this number.
+        num_user_codebooks: codebooks of the user's channel, an input only: the streams after those.
+        text_padding_id: text token of a frame without part of a word.
         end_of_text_padding_id: text token of the frame before a word begins.
         text_card: number of text tokens.
         card: number of codes of a codebook.
@@ -44,7 +52,7 @@ class Layout:
 
     @property
     def num_predicted_streams(self) -> int:
-        """Streams with a loss, which are the first ones: text and Moshi's own codebooks."""
+        """Streams with a loss, which are the first ones: text and the model's own codebooks."""
         return 1 + self.num_predicted_codebooks
 
     @property
@@ -55,17 +63,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Window:
-    """One conversation as the model sees it.
+    """One conversation laid out as token streams: a training example.
 
     Attributes:
         id: the row it comes from.
-        emotion: target emotion.
         codes: int64 `[K, T]`; `NO_TOKEN` where there is none.
         num_given: frames at the start of the text stream that are given, not predicted: the emotion prefix.
     """
 
     id: str
-    emotion: str
     codes: np.ndarray
     num_given: Frames
 
@@ -83,11 +89,193 @@ class TokenNLL:
     mask: torch.Tensor
 
 
-class SpeechLM(Protocol):
-    """A conversational speech model over K token streams, text first."""
+class SpeechLM(torch.nn.Module):
+    """A conversational speech model over K token streams, text first.
+
+    Attributes:
+        layout: its streams.
+    """
 
     layout: Layout
 
-    def __call__(self, codes: torch.Tensor) -> TokenNLL:
-        """Score `codes [B, K, T]` (int64, `-1` for no token), teacher forced."""
+    def forward(self, codes: torch.Tensor) -> TokenNLL:
+        """Score `codes [B, K, T]` (int64, `NO_TOKEN` for no token), teacher forced."""
+        raise NotImplementedError
+
+
+class Checkpoint(Protocol):
+    """The files of a model, found but not loaded.
+
+    Attributes:
+        name_or_path: Hub repository, or absolute path of the local folder.
+        revision: of the Hub repository, if one was given.
+        is_local: `name_or_path` is a folder.
+        lora_weights: the adapter's file in the family's own format; None for a model without adapter.
+    """
+
+    name_or_path: str
+    revision: str | None
+    lora_weights: Path | None
+
+    @property
+    def is_local(self) -> bool: ...
+
+
+class Codec(Protocol):
+    """An audio codec with all its codebooks active."""
+
+    @property
+    def num_codebooks(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Encode conversations, float32 `[2, S]` each, to int16 `[2, Q, T]` each, every channel by itself."""
         ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, such as a SentencePiece model."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class RuntimeAdapter:
+    """An adapter in the family's own format, whose strength an engine sets while it generates.
+
+    Attributes:
+        name: what to call it in messages.
+        weights: its file.
+        rank: of its matrices.
+        scaling: of their product at strength 1.
+    """
+
+    name: str
+    weights: Path
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a model generates in one frame.
+
+    Attributes:
+        text_token: of the text stream; one of `Engine.padding_ids` in a frame without part of a word.
+        audio: `[1920]`, float32, 24 kHz.
+        codes: `[Q]`, int64, the model's own codebooks.
+        is_forced: the text token was given by `Engine.force_text` instead of sampled.
+    """
+
+    text_token: int
+    audio: np.ndarray
+    codes: np.ndarray
+    is_forced: bool = False
+
+
+class Engine(Protocol):
+    """Generates conversations, `num_slots` at once, one frame of 80 ms a step. One thread calls it.
+
+    Attributes:
+        padding_ids: tokens of the text stream that are no text.
+    """
+
+    num_slots: int
+    padding_ids: frozenset[int]
+
+    def warm_up(self) -> None:
+        """Run a few frames in every slot, so that the first conversation starts at full speed."""
+        ...
+
+    def reset(self, slot: int, *, seed: int | None = None) -> None:
+        """Begin a new conversation in a slot; strengths stay. A seed needs an engine with one slot."""
+        ...
+
+    def force_text(self, slot: int, tokens: Sequence[int]) -> None:
+        """Replace what is still queued of forced text: these tokens are written instead of sampled ones."""
+        ...
+
+    def set_strength(self, slot: int, adapter: int, strength: float) -> None:
+        """Set the strength of an adapter in a slot, from the next step on: 0 is the base, 1 as trained."""
+        ...
+
+    def step(self, frames: Mapping[int, np.ndarray]) -> dict[int, Frame]:
+        """Feed the user's next frame, `[1920]`, to each named slot; return the frames generated, by slot."""
+        ...
+
+    def close(self) -> None:
+        """Free the models."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """The functions of a model family.
+
+    Attributes:
+        name: of the family.
+        stream_names: groups of targets whose loss is logged by itself.
+
+        find_checkpoint: `(name_or_folder, revision=None)`: find the files of a model, downloaded if need be.
+        load_lm: `(checkpoint, *, device, dtype, gradient_checkpointing=False)`.
+        load_codec: `(checkpoint, device)`.
+        load_tokenizer: `(checkpoint)`.
+        codec_sha256: `(checkpoint)`: equal for two checkpoints if and only if their codecs give the same codes.
+
+        lay_out: `(row, layout, tokenize, *, prefix=None, max_frames=None)`: a row of a codes table as streams.
+        stream_masks: `(codes, num_given, layout)`: bool `[G, B, K, T]`, the targets of each of `stream_names`.
+        stream_weights: `(config)`: the weight in the loss of a target of each group, `G` numbers.
+
+        add_lora: `(model, *, rank, alpha, target_modules, dropout=0.0, seed=0)`: wrap the model in a fresh adapter.
+        load_adapter: `(model, folder)`: load an adapter in PEFT's format, adding it if the model has none.
+        save_adapter: `(model, folder)`: write the adapter in PEFT's format.
+        adapter_parameters: `(model)`: the weights that train, in a fixed order.
+        adapter_disabled: `(model)`: a context in which the model is its base.
+
+        export_adapter: `(model, checkpoint, folder)`: write the adapter in the family's own format and check by names
+            and shapes that its loader takes every weight; `checkpoint` is the base.
+        verify_adapter: `(folder, model, checkpoint)`: load what `export_adapter` wrote through the family's own loader
+            and compare it with the trained model; returns the largest difference of two logits.
+        merge_adapter: `(adapter_folder, checkpoint, folder)`: write the base with the adapter merged in, and check it.
+
+        split_adapter: `(checkpoint, name)`: the checkpoint of the base, and the `RuntimeAdapter` if there is one.
+        is_same_base: `(checkpoint, other)`: whether two checkpoints have the same base weights.
+        open_engine: `(checkpoint, adapters=(), *, num_slots=1, device="cpu", dtype=None, **sampling)`: load a base and
+            its adapters into an engine; by default bfloat16 on a GPU, float32 elsewhere, and the sampling options of
+            the checkpoint.
+
+        write_tiny_checkpoint: `(folder, *, seed=0)`: write a base model of random weights that runs on a laptop.
+    """
+
+    name: str
+    stream_names: tuple[str, ...]
+
+    find_checkpoint: Callable[..., Any]
+    load_lm: Callable[..., Any]
+    load_codec: Callable[..., Codec]
+    load_tokenizer: Callable[..., Any]
+    codec_sha256: Callable[[Any], str]
+
+    lay_out: Callable[..., Window]
+    stream_masks: Callable[[torch.Tensor, torch.Tensor, Layout], torch.Tensor]
+    stream_weights: Callable[[LossConfig], Sequence[float]]
+
+    add_lora: Callable[..., Any]
+    load_adapter: Callable[[Any, Path], Any]
+    save_adapter: Callable[[Any, Path], None]
+    adapter_parameters: Callable[[Any], list[torch.nn.Parameter]]
+    adapter_disabled: Callable[[Any], AbstractContextManager[None]]
+
+    export_adapter: Callable[[Any, Any, Path], None]
+    verify_adapter: Callable[[Path, Any, Any], float]
+    merge_adapter: Callable[[Path, Any, Path], None]
+
+    split_adapter: Callable[[Any, str], tuple[Any, RuntimeAdapter | None]]
+    is_same_base: Callable[[Any, Any], bool]
+    open_engine: Callable[..., Any]
+
+    write_tiny_checkpoint: Callable[..., Path]

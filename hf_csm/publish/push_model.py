@@ -23,8 +23,8 @@ from hf_csm.errors import UserError
 from hf_csm.hub import hub_errors
 from hf_csm.mixture.provenance import CORPORA_NAME, CorpusTerms, read_corpora
 from hf_csm.models.emotion_control import read_emotion_control, write_emotion_control
-from hf_csm.models.moshi.checkpoint import CONSOLIDATED_NAME, find_checkpoint
-from hf_csm.models.moshi.export import LORA_KEYS, LORA_NAME, PEFT_PREFIX, check_native_keys, named_base
+from hf_csm.models.moshi.checkpoint import CONSOLIDATED_NAME, LORA_KEYS, find_checkpoint
+from hf_csm.models.moshi.export import LORA_NAME, PEFT_PREFIX, check_native_keys, named_base
 from hf_csm.models.moshi.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_adapter
 from hf_csm.models.moshi.merge import WEIGHTS_NAME, merge_adapter
 from hf_csm.models.moshi.pull import CONFIG_NAME, EMOTIONS_NAME, find_folder

@@ -15,10 +15,9 @@ from moshi.models import loaders
 
 from hf_csm.errors import UserError
 from hf_csm.models.emotion_control import EmotionControl, read_emotion_control
-from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, find_checkpoint
-from hf_csm.models.moshi.export import LORA_KEYS
+from hf_csm.models.family import RuntimeAdapter
+from hf_csm.models.moshi.checkpoint import LORA_KEYS, MoshiCheckpoint, find_checkpoint
 from hf_csm.models.moshi.pull import find_folder
-from hf_csm.models.moshi.runtime_lora import Adapter
 
 
 BASE = "base"
@@ -60,7 +59,7 @@ class Models:
 
     base: MoshiCheckpoint
     base_name: str
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[RuntimeAdapter, ...]
     voices: tuple[Voice, ...]
 
     @property
@@ -198,7 +197,7 @@ def _name_of(place: str) -> str:
     return (telling or parts)[-1]
 
 
-def _adapter(model: _Found) -> Adapter:
+def _adapter(model: _Found) -> RuntimeAdapter:
     config = model.checkpoint.raw_config or {}
     assert model.checkpoint.lora_weights is not None
     try:
@@ -207,7 +206,7 @@ def _adapter(model: _Found) -> Adapter:
         raise UserError(
             f"{model.place}: config.json does not say lora_rank and lora_scaling.", "Export the adapter again."
         ) from error
-    return Adapter(model.name, model.checkpoint.lora_weights, rank, scaling)
+    return RuntimeAdapter(model.name, model.checkpoint.lora_weights, rank, scaling)
 
 
 def _check_names(voices: Sequence[Voice]) -> None:

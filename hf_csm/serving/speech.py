@@ -17,7 +17,7 @@ from hf_csm.data.audio import read_audio, resample, room_tone
 from hf_csm.data.text import normalise_text, split_words
 from hf_csm.errors import UserError
 from hf_csm.evaluation.generate import ROOM_TONE_DB
-from hf_csm.models.moshi.engine import Frame
+from hf_csm.models.family import Frame
 from hf_csm.models.moshi.forced_text import WORD_START, Script, words_in
 from hf_csm.serving.loaded import Speaker, Voice, check_strength, explain_failure
 from hf_csm.units import (
@@ -336,7 +336,7 @@ def _speech(
     seed: int,
 ) -> Speech:
     padding_id = speaker.engine.lm.text_padding_token_id
-    said = [padding_id if frame.is_told else frame.text_token for frame in frames]
+    said = [padding_id if frame.is_forced else frame.text_token for frame in frames]
     words = words_in(said, speaker.tokenizer, speaker.engine.padding_ids)
     return Speech(
         audio=np.concatenate([frame.audio for frame in frames]),

@@ -1,7 +1,7 @@
 """Checkpoints of a run: `checkpoint_000500/{consolidated/, adapter/, state/}`, written beside and renamed.
 
-`adapter/` is PEFT's, `consolidated/` is what moshi's server loads, `state/` is what a run needs to go on bit for bit.
-The base model is never written.
+`adapter/` is in PEFT's format, `consolidated/` in that of the model family's own loader, and `state/` holds what a run
+needs to resume bit for bit. The base model is not written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,18 +17,13 @@ import torch
 
 from hf_csm.config import RunConfig
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import MoshiCheckpoint
-from hf_csm.models.moshi.lora import save_adapter
-from hf_csm.models.moshi.model import MoshiLM
+from hf_csm.models.family import Checkpoint, Family, SpeechLM
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CHECKPOINT_NAME = re.compile(r"^checkpoint_(\d{6,})$")
-
-Consolidate = Callable[[MoshiLM, MoshiCheckpoint, Path], object]
-"""Writes the files that moshi's server loads: (model, base, folder). `hf_csm.models.moshi.export` has it."""
 
 
 @dataclass
@@ -97,12 +91,12 @@ def find_checkpoint_to_resume(run_dir: Path, wanted: str | None) -> Path | None:
 def save_checkpoint(
     run_dir: Path,
     progress: Progress,
-    model: MoshiLM,
-    base: MoshiCheckpoint,
+    family: Family,
+    model: SpeechLM,
+    base: Checkpoint,
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     accelerator: Accelerator,
-    consolidate: Consolidate,
 ) -> Path:
     """Write the checkpoint of the step `progress` stands at; all processes call this together."""
     path = checkpoint_path(run_dir, progress.step)
@@ -112,8 +106,8 @@ def save_checkpoint(
         (unfinished / "state").mkdir(parents=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_adapter(model, unfinished / "adapter")
-        consolidate(model, base, unfinished / "consolidated")
+        family.save_adapter(model, unfinished / "adapter")
+        family.export_adapter(model, base, unfinished / "consolidated")
         torch.save(
             {"optimizer": optimizer.state_dict(), "progress": asdict(progress), "config": options_of(config)},
             unfinished / "state" / "trainer.pt",

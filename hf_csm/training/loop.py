@@ -26,11 +26,8 @@ from hf_csm.mixture.loader import MixtureLoader, lay_out_row, validation_batches
 from hf_csm.mixture.provenance import corpora_of, count_windows, with_earlier, write_corpora
 from hf_csm.mixture.report import describe_mixture
 from hf_csm.mixture.windows import held_out_table, training_table
-from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_tokenizer
-from hf_csm.models.moshi.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter
-from hf_csm.models.moshi.model import MoshiLM, load_moshi
+from hf_csm.models.family import NO_TOKEN, Family, SpeechLM
 from hf_csm.training.checkpoint import (
-    Consolidate,
     Progress,
     checkpoint_path,
     find_checkpoint_to_resume,
@@ -40,9 +37,9 @@ from hf_csm.training.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from hf_csm.training.evaluate_loss import evaluate_loss, stream_means
+from hf_csm.training.evaluate_loss import evaluate_loss
 from hf_csm.training.interrupt import StopRequest
-from hf_csm.training.loss import STREAMS, stream_masks, stream_sums, token_weights, weighted_sum
+from hf_csm.training.loss import stream_means, stream_sums, token_weights, weighted_sum
 from hf_csm.training.manifests import encode_manifests
 from hf_csm.training.metrics_log import MetricsLog
 from hf_csm.training.optim import build_optimizer, learning_rate, set_learning_rate
@@ -58,7 +55,7 @@ class StepResult:
 
     Attributes:
         loss: weighted mean negative log likelihood, nats.
-        streams: mean of each group in `STREAMS`, nats.
+        streams: mean of each of `Family.stream_names`, nats.
         grad_norm: before clipping.
         num_frames: frames with tokens, padding excluded.
         num_padded_frames: frames of padding in the micro-batches.
@@ -73,11 +70,8 @@ class StepResult:
     stop_signal: int
 
 
-def train(config: RunConfig, consolidate: Consolidate) -> Path:
-    """Train an adapter as the configuration says and return the last checkpoint.
-
-    Args:
-        consolidate: writes the native files of a checkpoint.
+def train(config: RunConfig, family: Family) -> Path:
+    """Train an adapter with these options and return the last checkpoint.
 
     Raises:
         UserError: bad configuration or data, or a loss that is not finite.
@@ -90,25 +84,24 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
         logger.warning(f"{run_dir} holds no checkpoint to resume from: starting afresh.")
     set_seed(config.seed)
 
-    base = find_checkpoint(config.moshi_paths.hf_repo_id, config.moshi_paths.revision)
-    tokenize = load_tokenizer(base).encode
-    codec = codec_sha256(base)
-    dataset = encode_manifests(config, base, accelerator)
-    train_table = training_table(dataset, codec)
+    base = family.find_checkpoint(config.moshi_paths.hf_repo_id, config.moshi_paths.revision)
+    codec_sha256 = family.codec_sha256(base)
+    dataset = encode_manifests(config, family, base, accelerator)
+    train_table = training_table(dataset, codec_sha256)
     if train_table.num_cut:
         logger.warning(
             f"{train_table.num_cut} of {len(train_table)} windows are longer than dataset.duration_sec "
             f"({config.dataset.duration_sec:g} s) and are cut there."
         )
-    validation_table = held_out_table(dataset, "validation", codec)
+    validation_table = held_out_table(dataset, "validation", codec_sha256)
 
-    model = load_moshi(
+    model = family.load_lm(
         base,
         device="cpu" if accelerator.device.type == "cpu" else accelerator.device,  # safetensors knows no "cpu:0"
         dtype=getattr(torch, config.moshi_paths.dtype),
         gradient_checkpointing=config.advanced.gradient_checkpointing,
     )
-    add_lora(
+    family.add_lora(
         model,
         rank=config.lora.rank,
         alpha=config.lora.alpha,
@@ -117,13 +110,14 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
         seed=config.seed,
     )
     if resume_path is not None:
-        load_adapter(model, resume_path / "adapter")
+        family.load_adapter(model, resume_path / "adapter")
     model.train()
-    optimizer = build_optimizer(adapter_parameters(model), config.optimizer)
+    optimizer = build_optimizer(family.adapter_parameters(model), config.optimizer)
+    lay_out = partial(family.lay_out, layout=model.layout, tokenize=family.load_tokenizer(base).encode)
     loader = MixtureLoader(
         train_table,
         model.layout,
-        tokenize,
+        lay_out,
         dataset,
         seed=config.seed,
         rank=accelerator.process_index,
@@ -151,12 +145,12 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
         write_corpora(with_earlier(corpora, resume_path.resolve().parent) if resume_path else corpora, run_dir)
     tables = {"train": train_table, "validation": validation_table}
     accelerator.print(describe_mixture(loader.groups, loader.probabilities, dataset, tables).render())
-    trained = sum(parameter.numel() for parameter in adapter_parameters(model))
+    trained = sum(parameter.numel() for parameter in family.adapter_parameters(model))
     total = sum(parameter.numel() for parameter in model.parameters())
     accelerator.print(f"{trained:,} of {total:,} weights are trained ({trained / total:.2%}).")
 
     def read(rows: list[int]) -> Batch:
-        windows = [lay_out_row(validation_table, row, model.layout, tokenize, config.dataset) for row in rows]
+        windows = [lay_out_row(validation_table, row, lay_out, config.dataset) for row in rows]
         return collate(windows, model.layout)
 
     if config.training.eval_every and not len(validation_table):
@@ -168,24 +162,27 @@ def train(config: RunConfig, consolidate: Consolidate) -> Path:
     base_losses: dict[str, float] = {}
 
     def evaluate() -> dict[str, float]:
-        score = partial(evaluate_loss, model, eval_batches, read, config.loss, accelerator)
+        score = partial(evaluate_loss, family, model, eval_batches, read, config.loss, accelerator)
         if not base_losses:  # the base does not change
-            with adapter_disabled(model):
+            with family.adapter_disabled(model):
                 base_losses.update(score("eval_base_"))
         return score("eval_") | base_losses
 
-    save = partial(save_checkpoint, run_dir, progress, model, base, optimizer, config, accelerator, consolidate)
+    save = partial(save_checkpoint, run_dir, progress, family, model, base, optimizer, config, accelerator)
     try:
-        return _run(config, run_dir, accelerator, model, forward, optimizer, loader, progress, log, evaluate, save)
+        return _run(
+            config, family, run_dir, accelerator, model, forward, optimizer, loader, progress, log, evaluate, save
+        )
     finally:
         accelerator.end_training()
 
 
 def _run(
     config: RunConfig,
+    family: Family,
     run_dir: Path,
     accelerator: Accelerator,
-    model: MoshiLM,
+    model: SpeechLM,
     forward: Callable,
     optimizer: torch.optim.Optimizer,
     loader: MixtureLoader,
@@ -240,7 +237,7 @@ def _run(
             start = time.perf_counter()
             rate = learning_rate(step, options.max_steps, config.optimizer.lr, config.scheduler)
             set_learning_rate(optimizer, rate)
-            result = train_step(batches, model, forward, optimizer, accelerator, config, stop)
+            result = train_step(batches, family, model, forward, optimizer, accelerator, config, stop)
             progress.step += 1
             progress.num_micro_batches += options.gradient_accumulation_steps * accelerator.num_processes
             stop_signal = result.stop_signal
@@ -266,7 +263,8 @@ def _run(
 
 def train_step(
     batches: Iterator[Batch],
-    model: MoshiLM,
+    family: Family,
+    model: SpeechLM,
     forward: Callable,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
@@ -283,11 +281,11 @@ def train_step(
     """
     accumulation_steps = config.training.gradient_accumulation_steps
     collected = [next(batches).to(accelerator.device) for _ in range(accumulation_steps)]
-    masks = [stream_masks(batch, model.layout) for batch in collected]
-    weights = [token_weights(mask, config.loss) for mask in masks]
+    masks = [family.stream_masks(batch.codes, batch.num_given, model.layout) for batch in collected]
+    weights = [token_weights(mask, family.stream_weights(config.loss)) for mask in masks]
     denominator = accelerator.reduce(torch.stack([weight.sum() for weight in weights]).sum(), reduction="sum")
 
-    totals = torch.zeros(5 + 2 * len(STREAMS), dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(5 + 2 * len(family.stream_names), dtype=torch.float64, device=accelerator.device)
     for i, (batch, mask, weight) in enumerate(zip(collected, masks, weights, strict=True)):
         is_last = i == accumulation_steps - 1
         with nullcontext() if is_last else accelerator.no_sync(forward):
@@ -295,7 +293,7 @@ def train_step(
             loss = weighted_sum(output, weight) / denominator
             # Gradients are averaged over processes; the denominator is already global.
             accelerator.backward(loss * accelerator.num_processes)
-        has_token = batch.codes[:, 1] >= 0
+        has_token = (batch.codes != NO_TOKEN).any(1)
         totals[0] += loss.detach().double()
         totals[1] += has_token.sum()
         totals[2] += has_token.numel() - has_token.sum()
@@ -314,10 +312,9 @@ def train_step(
             )
     optimizer.step()
     optimizer.zero_grad()
-    sums, counts = totals[5:].view(2, -1)
     return StepResult(
         loss=float(totals[0]),
-        streams=stream_means(sums, counts),
+        streams=stream_means(family.stream_names, totals[5:]),
         grad_norm=float(grad_norm),
         num_frames=int(totals[1]),
         num_padded_frames=int(totals[2]),

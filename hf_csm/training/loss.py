@@ -1,50 +1,22 @@
-"""Which token counts how much, and how losses are told apart in the logs."""
+"""The weighted loss and its sums by stream."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from hf_csm.config import LossConfig
-from hf_csm.mixture.collate import Batch
-from hf_csm.models.family import NO_TOKEN, Layout, TokenNLL
+from hf_csm.models.family import TokenNLL
 
 
-STREAMS = ("text_words", "text_padding", "codebook_0", "codebooks_rest")
-"""Groups of targets whose mean negative log likelihood is logged by itself, in nats."""
+def token_weights(masks: torch.Tensor, stream_weights: Sequence[float]) -> torch.Tensor:
+    """Return the weight `[B, K, T]` of each token in the loss, float32; 0 for tokens that are no target.
 
-
-def stream_masks(batch: Batch, layout: Layout) -> torch.Tensor:
-    """Return bool `[4, B, K, T]`: the targets of each group in `STREAMS`; no target is in two.
-
-    A target is a token that is there and that the model predicts: not the user's, not the given prefix.
+    Args:
+        masks: bool `[G, B, K, T]`, the targets of each stream that is logged separately.
+        stream_weights: weight of a target of each, `G` numbers.
     """
-    is_target = batch.codes != NO_TOKEN
-    is_target[:, layout.num_predicted_streams :] = False
-    frames = torch.arange(batch.codes.shape[2], device=batch.codes.device)
-    is_target[:, 0] &= frames >= batch.num_given[:, None]
-
-    text = batch.codes[:, 0]
-    is_padding = (text == layout.text_padding_id) | (text == layout.end_of_text_padding_id)
-    masks = torch.zeros(len(STREAMS), *batch.codes.shape, dtype=torch.bool, device=batch.codes.device)
-    masks[0, :, 0] = is_target[:, 0] & ~is_padding
-    masks[1, :, 0] = is_target[:, 0] & is_padding
-    masks[2, :, 1] = is_target[:, 1]
-    masks[3, :, 2:] = is_target[:, 2:]
-    return masks
-
-
-def token_weights(masks: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """Return the weight `[B, K, T]` of each token in the loss, float32; 0 where there is no target."""
-    weights = torch.tensor(
-        [
-            config.text_weight,
-            config.text_weight * config.text_padding_weight,
-            config.first_codebook_weight,
-            config.other_codebooks_weight,
-        ],
-        device=masks.device,
-    )
-    return torch.einsum("s,sbkt->bkt", weights, masks.float())
+    return torch.einsum("g,gbkt->bkt", torch.tensor(stream_weights, device=masks.device), masks.float())
 
 
 def weighted_sum(output: TokenNLL, weights: torch.Tensor) -> torch.Tensor:
@@ -59,7 +31,21 @@ def weighted_sum(output: TokenNLL, weights: torch.Tensor) -> torch.Tensor:
 
 
 def stream_sums(output: TokenNLL, masks: torch.Tensor) -> torch.Tensor:
-    """Return `[2, 4]`: the sum of negative log likelihoods and the number of targets of each group in `STREAMS`."""
+    """Return `[2, G]`: the sum of negative log likelihoods and the number of targets of each stream in `masks`."""
     nll = output.nll.detach()
     sums = torch.stack([(nll * mask).sum() for mask in masks])
     return torch.stack([sums, masks.sum(dim=(1, 2, 3)).to(sums)])
+
+
+def stream_means(names: Sequence[str], totals: torch.Tensor, prefix: str = "") -> dict[str, float]:
+    """Return the mean of each named stream that has targets, in nats.
+
+    Args:
+        totals: flattened `stream_sums`, `[2 * G]`.
+    """
+    sums, counts = totals.view(2, -1)
+    return {
+        f"{prefix}{name}": float(total / count)
+        for name, total, count in zip(names, sums, counts, strict=True)
+        if count > 0
+    }

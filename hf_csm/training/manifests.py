@@ -10,10 +10,10 @@ from hf_csm.config import DatasetConfig, RunConfig
 from hf_csm.encode.compose import Composition
 from hf_csm.encode.dialogues import encode_manifest
 from hf_csm.mixture.windows import is_manifest, manifest_table, with_tables
-from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, codec_sha256, load_mimi
+from hf_csm.models.family import Checkpoint, Family
 
 
-def encode_manifests(config: RunConfig, base: MoshiCheckpoint, accelerator: Accelerator) -> DatasetConfig:
+def encode_manifests(config: RunConfig, family: Family, base: Checkpoint, accelerator: Accelerator) -> DatasetConfig:
     """Return the dataset with a table of codes in the place of each manifest.
 
     The tables are in `<run_dir>/codes`; what is there is not encoded again. All processes call this together.
@@ -26,15 +26,15 @@ def encode_manifests(config: RunConfig, base: MoshiCheckpoint, accelerator: Acce
     manifests = [path for path in found if is_manifest(path)]
     if not manifests:
         return config.dataset
-    mimi = load_mimi(base, "cpu" if accelerator.device.type == "cpu" else accelerator.device)
+    codec = family.load_codec(base, "cpu" if accelerator.device.type == "cpu" else accelerator.device)
     duration_s = config.dataset.duration_sec
     for path in manifests:
         folder = manifest_table(path, config.run_dir, duration_s)
         encode_manifest(
             Path(path),
             folder,
-            mimi,
-            codec_sha256(base),
+            codec,
+            family.codec_sha256(base),
             composition=Composition(duration_s=duration_s),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,

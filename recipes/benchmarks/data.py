@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from hf_csm.data.labels import EMOTIONS
 from hf_csm.mixture.loader import MixtureLoader
 from hf_csm.mixture.windows import training_table
 from hf_csm.models.family import NO_TOKEN, Layout
+from hf_csm.models.moshi.layout import lay_out
 from hf_csm.models.moshi.tiny import write_tiny_tokenizer
 from hf_csm.prepare.archive import Member, list_members
 from hf_csm.prepare.pool import usable_cores
@@ -137,7 +139,7 @@ def benchmark_loader(num_batches: int = 200) -> str:
             sources.append(Source(str(Path(scratch, corpus))))
         config = DatasetConfig(sources=sources)
         table = training_table(config, None)
-        loader = MixtureLoader(table, layout, tokenize, config, seed=0)
+        loader = MixtureLoader(table, layout, partial(lay_out, layout=layout, tokenize=tokenize), config, seed=0)
         batches = loader.batches()
         next(batches)
         num_frames = num_padded = 0

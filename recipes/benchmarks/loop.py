@@ -11,6 +11,7 @@ import datetime
 import statistics
 import tempfile
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from hf_csm.encode.compose import Composition
 from hf_csm.encode.run import encode
 from hf_csm.mixture.loader import MixtureLoader
 from hf_csm.mixture.windows import WindowTable
-from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_mimi, load_tokenizer
-from hf_csm.models.moshi.export import consolidate
+from hf_csm.models.moshi import MOSHI
+from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_tokenizer
+from hf_csm.models.moshi.codec import load_codec
+from hf_csm.models.moshi.layout import lay_out
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.tiny import write_tiny_moshi
@@ -60,7 +63,7 @@ def loop_overhead(num_steps: int, num_runs: int = 3) -> tuple[float, float]:
                 config.run_dir = f"{folder}/run{run}_{steps}"
                 config.training.max_steps = steps
                 begin = time.perf_counter()
-                train(config, consolidate)
+                train(config, MOSHI)
                 durations.append(time.perf_counter() - begin)
             loop_s.append((durations[1] - durations[0]) / num_steps)
             bare_s.append(_bare_steps(config, num_steps))
@@ -75,7 +78,7 @@ def _tiny_run(folder: Path) -> RunConfig:
     encode(
         folder / "prepared",
         folder / "codes",
-        load_mimi(base),
+        load_codec(base),
         codec_sha256(base),
         composition=Composition(duration_s=20.0),
         progress=False,
@@ -106,7 +109,13 @@ def _bare_steps(config: RunConfig, num_steps: int) -> float:
         codec_sha256=codec_sha256(base),
         max_frames=seconds_to_frames(config.dataset.duration_sec),
     )
-    loader = MixtureLoader(table, model.layout, load_tokenizer(base).encode, config.dataset, seed=config.seed)
+    loader = MixtureLoader(
+        table,
+        model.layout,
+        partial(lay_out, layout=model.layout, tokenize=load_tokenizer(base).encode),
+        config.dataset,
+        seed=config.seed,
+    )
     # The second half of the longer run, which is the one that counts there.
     batches = [batch.codes for batch in islice(loader.batches(start=num_steps), num_steps)]
     bare_step(model, optimizer, batches[0])

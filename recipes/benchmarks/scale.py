@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,25 +88,22 @@ def encode_without_mimi(prepared: Path, out: Path) -> None:
     """Encode a prepared corpus with the stand-in."""
     import torch
 
-    import hf_csm.encode.run as module
+    from hf_csm.encode.run import encode
 
     class StandIn:
         num_codebooks = 32
+        device = torch.device("cpu")
 
-        def parameters(self) -> Iterator[torch.Tensor]:
-            yield torch.zeros(1)
+        def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+            factors = 2_654_435_761 * np.arange(1, 2 * self.num_codebooks, 2)
+            found = []
+            for waveform in waveforms:
+                level = np.abs(waveform.reshape(2, -1, SAMPLES_PER_FRAME)).sum(axis=2)
+                number = (level * 1e4).astype(np.int64)[:, None, :]
+                found.append(((number * factors[None, :, None] >> 7) % 2048).astype(np.int16))
+            return found
 
-    def codes(mimi: StandIn, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        factors = 2_654_435_761 * np.arange(1, 2 * mimi.num_codebooks, 2)
-        found = []
-        for waveform in waveforms:
-            level = np.abs(waveform.reshape(2, -1, SAMPLES_PER_FRAME)).sum(axis=2)
-            number = (level * 1e4).astype(np.int64)[:, None, :]
-            found.append(((number * factors[None, :, None] >> 7) % 2048).astype(np.int16))
-        return found
-
-    module.encode_waveforms = codes  # type: ignore[assignment]
-    module.encode(prepared, out, StandIn(), "stand-in", progress=False)  # type: ignore[arg-type]
+    encode(prepared, out, StandIn(), "stand-in", progress=False)
 
 
 def hashes(table: Path) -> dict[str, str]:

@@ -26,10 +26,11 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMGen, LMModel
 from safetensors.torch import save_file
 
+from hf_csm.models.family import RuntimeAdapter
 from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi
 from hf_csm.models.moshi.engine import Engine
 from hf_csm.models.moshi.lora import linear_paths
-from hf_csm.models.moshi.runtime_lora import Adapter, add_adapters
+from hf_csm.models.moshi.runtime_lora import add_adapters
 from hf_csm.models.moshi.tiny import write_tiny_moshi
 from hf_csm.units import FRAME_RATE, SAMPLES_PER_FRAME
 from tests.doubles.server import ServerProcess, converse
@@ -64,7 +65,7 @@ def main() -> None:
         write_adapter(lm, weights)
         del lm, mimi
         lm, mimi = load(options.device)
-        strengths = add_adapters(lm, [Adapter("random", weights, RANK, SCALING)], num_slots=1)
+        strengths = add_adapters(lm, [RuntimeAdapter("random", weights, RANK, SCALING)], num_slots=1)
         strengths.set(0, 0, 1.0)
         steered = engine_loop(Engine(lm, mimi, strengths=strengths), frames)
         unfused = bare_loop(*with_moshis_lora(load, options.device, weights), frames)

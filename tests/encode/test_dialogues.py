@@ -6,12 +6,12 @@ import soundfile
 import soxr
 from datasets import load_dataset
 
-import hf_csm.encode.run
 from hf_csm.data.table import read_card_metadata, split_files
 from hf_csm.encode.compose import Composition
 from hf_csm.encode.dialogues import Dialogues, encode_manifest
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi
+from hf_csm.models.moshi.checkpoint import find_checkpoint
+from hf_csm.models.moshi.codec import MimiCodec, load_codec
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 
@@ -25,7 +25,7 @@ TALK = [
 
 @pytest.fixture(scope="module")
 def mimi(tiny_moshi):
-    return load_mimi(find_checkpoint(str(tiny_moshi)))
+    return load_codec(find_checkpoint(str(tiny_moshi)))
 
 
 def tones(duration_s, sample_rate, frequencies=(200, 300)):
@@ -207,7 +207,7 @@ def test_the_table_has_cells_with_and_without_emotion(manifest, mimi, tmp_path):
 def test_stopped_or_shared_it_gives_the_same_table(manifest, mimi, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_csm.encode.staging.BLOCK_CONVERSATIONS", 2)
     encode_talk(manifest, tmp_path / "straight", mimi)
-    real, calls = hf_csm.encode.run.encode_waveforms, []
+    real, calls = MimiCodec.encode, []
 
     def stop_at_the_third(*args):
         calls.append(args)
@@ -215,7 +215,7 @@ def test_stopped_or_shared_it_gives_the_same_table(manifest, mimi, tmp_path, mon
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(hf_csm.encode.run, "encode_waveforms", stop_at_the_third)
+    monkeypatch.setattr(MimiCodec, "encode", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         encode_talk(manifest, tmp_path / "out", mimi)
     assert not encode_talk(manifest, tmp_path / "out", mimi, rank=1, world_size=2).is_complete

@@ -18,7 +18,8 @@ from hf_csm.encode.moshi_finetune import export_manifest
 from hf_csm.encode.prepared_corpus import PreparedCorpus
 from hf_csm.errors import UserError
 from hf_csm.models.family import Layout
-from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_mimi
+from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint
+from hf_csm.models.moshi.codec import load_codec
 from hf_csm.models.moshi.layout import text_stream
 from hf_csm.models.moshi.tiny import TOKENIZER_NAME
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
@@ -142,7 +143,7 @@ def test_read_back_the_table_is_that_of_encode_to_what_rounding_changes(
     base = find_checkpoint(str(tiny_moshi))
     out = tmp_path / "again"
     encode_manifest(
-        exported / "test.jsonl", out, load_mimi(base), codec_sha256(base), composition=COMPOSITION, progress=False
+        exported / "test.jsonl", out, load_codec(base), codec_sha256(base), composition=COMPOSITION, progress=False
     )
     rows = list(load_dataset(str(out), split="train"))
     assert len(rows) == sum(row["split"] == "test" for row in windows.values())
@@ -209,7 +210,7 @@ def test_encoded_again_it_is_of_the_same_corpus_under_the_same_terms(exported, t
     card.write_text(card.read_text().replace("builder: ravdess", "builder: esd"))
     base = find_checkpoint(str(tiny_moshi))
     encode_manifest(
-        raw / "test.jsonl", tmp_path / "out", load_mimi(base), "0", composition=COMPOSITION, progress=False
+        raw / "test.jsonl", tmp_path / "out", load_codec(base), "0", composition=COMPOSITION, progress=False
     )
     metadata = read_card_metadata(tmp_path / "out")
     expected = {**read_card_metadata(exported), "builder": "esd"}

@@ -17,7 +17,8 @@ from hf_csm.data.table import ParquetRows, ShardWriter, read_card_metadata, read
 from hf_csm.encode.compose import Composition, compose
 from hf_csm.encode.run import encode, plan_shards
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_mimi
+from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint
+from hf_csm.models.moshi.codec import MimiCodec, load_codec
 from hf_csm.testing.codes import restate_sizes
 from hf_csm.units import SAMPLES_PER_FRAME
 
@@ -32,7 +33,7 @@ def base(tiny_moshi):
 
 @pytest.fixture(scope="module")
 def mimi(base):
-    return load_mimi(base)
+    return load_codec(base)
 
 
 def files_of(folder):
@@ -72,8 +73,8 @@ def test_stored_codes_are_those_of_the_streaming_encoder(codes, prepared, mimi):
     ):
         waveform = compose(conversation, lambda clip: decode_audio(clips.row(*clip.place)["audio"]), COMPOSITION)
         frames = torch.from_numpy(waveform).reshape(2, 1, -1, SAMPLES_PER_FRAME)
-        with torch.no_grad(), mimi.streaming(2):
-            streamed = torch.cat([mimi.encode(frames[:, :, t]) for t in range(frames.shape[2])], dim=2)
+        with torch.no_grad(), mimi.mimi.streaming(2):
+            streamed = torch.cat([mimi.mimi.encode(frames[:, :, t]) for t in range(frames.shape[2])], dim=2)
         np.testing.assert_array_equal(stored[f"ravdess-{conversation.id}"], streamed.numpy())
 
 
@@ -113,7 +114,7 @@ def small_units(monkeypatch):
     """Units of one or two conversations, so that every cell has several, and a codec that takes no time."""
     for module in (hf_csm.encode.compose, hf_csm.encode.staging):
         monkeypatch.setattr(module, "BLOCK_CONVERSATIONS", 2)
-    monkeypatch.setattr(hf_csm.encode.run, "encode_waveforms", loudness_codes)
+    monkeypatch.setattr(MimiCodec, "encode", loudness_codes)
 
 
 def loudness_codes(mimi, waveforms):
@@ -144,7 +145,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_table(straight, prepared, mimi
             raise KeyboardInterrupt
         return loudness_codes(*args)
 
-    monkeypatch.setattr(hf_csm.encode.run, "encode_waveforms", stop_at_every_third)
+    monkeypatch.setattr(MimiCodec, "encode", stop_at_every_third)
     out = tmp_path / "out"
     stops = []
     while not out.exists() and len(stops) < 50:
@@ -195,17 +196,17 @@ def test_two_processes_at_once_make_the_table_of_one(straight, prepared, mimi, t
 def test_a_run_whose_staging_another_one_removes_ends_well_if_the_table_is_there(
     straight, prepared, mimi, tmp_path, monkeypatch, is_published
 ):
-    codec = hf_csm.encode.run.encode_waveforms
+    codec = MimiCodec.encode
 
     def overtaken(*args):
-        monkeypatch.setattr(hf_csm.encode.run, "encode_waveforms", codec)
+        monkeypatch.setattr(MimiCodec, "encode", codec)
         if is_published:
             encode_some(prepared, tmp_path / "out", mimi)
         else:
             shutil.rmtree(next(tmp_path.glob(".out.*.partial")))
         return codec(*args)
 
-    monkeypatch.setattr(hf_csm.encode.run, "encode_waveforms", overtaken)
+    monkeypatch.setattr(MimiCodec, "encode", overtaken)
     if is_published:
         assert encode_some(prepared, tmp_path / "out", mimi).is_complete
         assert files_of(tmp_path / "out") == straight

@@ -1,5 +1,6 @@
 import shutil
 from collections import Counter
+from functools import partial
 from itertools import count, islice
 
 import numpy as np
@@ -19,6 +20,7 @@ from hf_csm.mixture.loader import (
 from hf_csm.mixture.windows import WindowTable, training_table
 from hf_csm.models.family import NO_TOKEN
 from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_tokenizer
+from hf_csm.models.moshi.layout import lay_out
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.testing.codes import RandomWindow, write_random_codes
 
@@ -49,7 +51,9 @@ def table(base, codes):
 def make_loader(table, layout, tokenize, **options):
     numbers = {key: options.pop(key) for key in ("seed", "rank", "world_size") if key in options}
     config = DatasetConfig(**{"duration_sec": 12.0, "batch_size": 2, **options})
-    return MixtureLoader(table, layout, tokenize, config, **{"seed": 0, **numbers})
+    return MixtureLoader(
+        table, layout, partial(lay_out, layout=layout, tokenize=tokenize), config, **{"seed": 0, **numbers}
+    )
 
 
 def group(duration_s, weight=1.0, rows=None, names=None):
@@ -328,7 +332,7 @@ def test_replay_has_its_share_and_the_rest_keeps_its_proportions(four_corpora, d
 def test_windows_without_emotion_get_no_prefix(dialogues, layout, tokenize):
     config = DatasetConfig(manifest_path=str(dialogues), prefix_dropout=0.0)
     table = training_table(config, None)
-    assert lay_out_row(table, 0, layout, tokenize, config).num_given == 0
+    assert lay_out_row(table, 0, partial(lay_out, layout=layout, tokenize=tokenize), config).num_given == 0
     assert [group.names for group in mix(table, config)[0]] == [("dialogues", "unlabelled")]
 
 

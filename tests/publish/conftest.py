@@ -10,7 +10,7 @@ from hf_csm.config import DatasetConfig, MoshiPaths, RunConfig, Source
 from hf_csm.config_parser import dump_run_config
 from hf_csm.mixture.provenance import CorpusTerms, write_corpora
 from hf_csm.models.moshi.checkpoint import find_checkpoint
-from hf_csm.models.moshi.export import consolidate
+from hf_csm.models.moshi.export import export_adapter
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora, save_adapter
 from hf_csm.models.moshi.model import load_moshi
 from tests.doubles.hub import LocalHub
@@ -51,7 +51,7 @@ def write_run(folder, tiny_moshi, base=BASE):
             torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(step + number))
         checkpoint = folder / f"checkpoint_{step:06d}"
         save_adapter(model, checkpoint / "adapter")
-        consolidate(model, found, checkpoint / "consolidated")
+        export_adapter(model, found, checkpoint / "consolidated")
     (folder / "best").symlink_to("checkpoint_000010")
     config = RunConfig(
         run_dir=str(folder),

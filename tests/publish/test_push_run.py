@@ -197,7 +197,7 @@ def test_the_recipe_checks_first_and_pushes_last_on_the_main_process_only(monkey
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(module, "check_push", lambda config: done.append("check"))
     monkeypatch.setattr(module, "push_run", lambda config, checkpoint: done.append("push"))
-    monkeypatch.setattr(loop, "train", lambda config, consolidate: done.append("train") or tmp_path)
+    monkeypatch.setattr(loop, "train", lambda config, family: done.append("train") or tmp_path)
     recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "train.py"))
     recipe["main"](["--training.push_to_hub", "user/happy"])
     assert done == expected

@@ -9,7 +9,7 @@ import torch
 
 from hf_csm.mixture.provenance import CorpusTerms, write_corpora
 from hf_csm.models.moshi.checkpoint import find_checkpoint, load_tokenizer
-from hf_csm.models.moshi.export import consolidate
+from hf_csm.models.moshi.export import export_adapter
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora, save_adapter
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.publish.push_model import push_model
@@ -45,7 +45,7 @@ def checkpoint(tiny_moshi, base_on_hub, tmp_path):
     learn_to_say(model, token)
     folder = tmp_path / "run" / "checkpoint_000040"
     save_adapter(model, folder / "adapter")
-    consolidate(model, base, folder / "consolidated")
+    export_adapter(model, base, folder / "consolidated")
     write_corpora([MINE], folder.parent)
     return folder
 

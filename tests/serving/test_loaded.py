@@ -68,7 +68,7 @@ FRAME = np.zeros(SAMPLES_PER_FRAME, dtype=np.float32)
 def texts(speaker, num_frames):
     """Return the next text tokens, and those of them that Moshi was told."""
     said = [frame for _ in range(num_frames) for frame in speaker.engine.step({0: FRAME}).values()]
-    return [frame.text_token for frame in said], [frame.text_token for frame in said if frame.is_told]
+    return [frame.text_token for frame in said], [frame.text_token for frame in said if frame.is_forced]
 
 
 def begin(speaker):

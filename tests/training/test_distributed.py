@@ -65,12 +65,10 @@ def test_two_processes_resume_bit_for_bit(straight, run_options, tmp_path):
 
 
 def test_two_processes_equal_one_with_twice_the_micro_batches(straight, run_config, tmp_path):
-    from hf_csm.models.moshi.export import consolidate
+    from hf_csm.models.moshi import MOSHI
     from hf_csm.training.loop import train
 
-    train(
-        run_config(training__max_steps=6, training__save_every=3, training__gradient_accumulation_steps=2), consolidate
-    )
+    train(run_config(training__max_steps=6, training__save_every=3, training__gradient_accumulation_steps=2), MOSHI)
     one, two = losses(tmp_path / "run"), losses(straight)
     assert [one[step] for step in range(1, 7)] == pytest.approx([two[step] for step in range(1, 7)], rel=1e-5)
     evaluated = losses(tmp_path / "run", "eval_loss"), losses(straight, "eval_loss")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from hf_csm.config_parser import parse_run_config
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.export import consolidate
+from hf_csm.models.moshi import MOSHI
 from hf_csm.models.moshi.model import MoshiLM
 from hf_csm.training import loop
 from hf_csm.training.checkpoint import list_checkpoints
@@ -35,7 +35,7 @@ def assert_same_weights(one, other, **tolerance):
 def straight(tmp_path_factory, module_run_options):
     """A run of ten steps without interruption."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    train(parse_run_config(module_run_options(run_dir=run_dir)), consolidate)
+    train(parse_run_config(module_run_options(run_dir=run_dir)), MOSHI)
     return run_dir
 
 
@@ -89,7 +89,7 @@ def test_the_written_configuration_gives_the_same_run(straight, run_config):
 
 def test_resuming_continues_bit_for_bit(straight, run_config, tmp_path):
     config = run_config(resume_from_checkpoint=straight / "checkpoint_000005")
-    last = train(config, consolidate)
+    last = train(config, MOSHI)
     expected = losses(straight)
     assert losses(tmp_path / "run") == {step: expected[step] for step in range(6, 11)}
     assert_same_weights(last, straight / "checkpoint_000010")
@@ -97,11 +97,11 @@ def test_resuming_continues_bit_for_bit(straight, run_config, tmp_path):
 
 def test_dropout_is_on_and_resumes_bit_for_bit(straight, run_config, tmp_path):
     options = {"lora__dropout": 0.5, "training__max_steps": 4, "training__save_every": 2, "training__eval_every": 0}
-    train(run_config(**options, run_dir=tmp_path / "dropout"), consolidate)
+    train(run_config(**options, run_dir=tmp_path / "dropout"), MOSHI)
     dropped = losses(tmp_path / "dropout")
     assert dropped[1] == losses(straight)[1]  # a fresh adapter adds nothing to drop from
     assert dropped[3] != losses(straight)[3]
-    train(run_config(**options, resume_from_checkpoint=tmp_path / "dropout" / "checkpoint_000002"), consolidate)
+    train(run_config(**options, resume_from_checkpoint=tmp_path / "dropout" / "checkpoint_000002"), MOSHI)
     assert losses(tmp_path / "run") == {step: dropped[step] for step in (3, 4)}
 
 
@@ -117,53 +117,53 @@ def test_a_signal_writes_a_checkpoint_and_latest_goes_on(straight, run_config, t
 
     monkeypatch.setattr(loop, "train_step", interrupted)
     with pytest.raises(SystemExit) as caught:
-        train(run_config(), consolidate)
+        train(run_config(), MOSHI)
     assert caught.value.code == 128 + number
     run_dir = tmp_path / "run"
     assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint_000003"]
-    last = train(run_config(resume_from_checkpoint="latest"), consolidate)
+    last = train(run_config(resume_from_checkpoint="latest"), MOSHI)
     assert losses(run_dir) == losses(straight)
     assert losses(run_dir, "eval_loss") == losses(straight, "eval_loss")
     assert_same_weights(last, straight / "checkpoint_000010")
 
 
 def test_a_run_resumed_beyond_its_last_step_ends(straight, run_config):
-    last = train(run_config(resume_from_checkpoint=straight / "checkpoint_000005", training__max_steps=3), consolidate)
+    last = train(run_config(resume_from_checkpoint=straight / "checkpoint_000005", training__max_steps=3), MOSHI)
     assert last.name == "checkpoint_000005"
 
 
 def test_a_branch_is_not_mixed_with_the_later_checkpoints_of_its_run(straight, run_config):
     config = run_config(run_dir=straight, resume_from_checkpoint=straight / "checkpoint_000005")
     with pytest.raises(UserError, match=r"goes on to checkpoint_000010; resuming from checkpoint_000005"):
-        train(config, consolidate)
+        train(config, MOSHI)
     assert [path.name for path in list_checkpoints(straight)] == ["checkpoint_000005", "checkpoint_000010"]
 
 
 def test_a_branch_has_a_best_of_its_own(straight, run_config, tmp_path):
     """The best of the run it comes from is not in its folder."""
-    train(run_config(resume_from_checkpoint=straight / "checkpoint_000005"), consolidate)
+    train(run_config(resume_from_checkpoint=straight / "checkpoint_000005"), MOSHI)
     assert (tmp_path / "run" / "best").resolve() == tmp_path / "run" / "checkpoint_000010"
 
 
 def test_a_branch_that_gets_no_better_still_has_a_best(straight, run_config, tmp_path):
     options = {"optimizer__lr": 1.0, "training__max_steps": 7}
-    train(run_config(resume_from_checkpoint=straight / "checkpoint_000005", **options), consolidate)
+    train(run_config(resume_from_checkpoint=straight / "checkpoint_000005", **options), MOSHI)
     assert losses(tmp_path / "run", "eval_loss")[7] > losses(straight, "eval_loss")[5]
     assert (tmp_path / "run" / "best").resolve() == tmp_path / "run" / "checkpoint_000007"
 
 
 def test_best_is_named_again_after_a_kill_before_it_was(run_config, tmp_path):
     options = {"training__max_steps": 2, "training__save_every": 1, "training__eval_every": 1}
-    train(run_config(**options), consolidate)
+    train(run_config(**options), MOSHI)
     best = tmp_path / "run" / "best"
     target = best.resolve()
     best.unlink()
-    train(run_config(**options, resume_from_checkpoint="latest"), consolidate)
+    train(run_config(**options, resume_from_checkpoint="latest"), MOSHI)
     assert best.resolve() == target
 
 
 def test_a_run_says_what_it_trains_on(run_config, capsys):
-    train(run_config(training__max_steps=1, training__eval_every=0), consolidate)
+    train(run_config(training__max_steps=1, training__eval_every=0), MOSHI)
     shown = capsys.readouterr().out
     assert "ravdess       happy" in shown
     assert "weights are trained" in shown
@@ -173,7 +173,7 @@ def test_options_that_change_on_resume_are_warned_of(straight, run_config, caplo
     config = run_config(
         resume_from_checkpoint=straight / "checkpoint_000005", optimizer__lr=0.001, training__max_steps=6
     )
-    train(config, consolidate)
+    train(config, MOSHI)
     (message,) = [record.message for record in caplog.records if "differs" in record.message]
     assert "optimizer.lr 0.003 -> 0.001" in message
     assert "training.max_steps 10 -> 6" in message
@@ -185,30 +185,30 @@ def test_gradients_are_clipped(run_config, tmp_path):
     moved = {}
     for max_norm in (1.0, 1e-11):
         options = {"training__max_steps": 1, "training__eval_every": 0, "training__max_grad_norm": max_norm}
-        last = train(run_config(run_dir=tmp_path / str(max_norm), **options), consolidate)
+        last = train(run_config(run_dir=tmp_path / str(max_norm), **options), MOSHI)
         moved[max_norm] = max(weight.abs().max() for name, weight in adapter(last).items() if "lora_B" in name)
     assert moved[1e-11] < 0.1 * moved[1.0]
 
 
 def test_latest_without_checkpoint_starts_afresh(run_config, tmp_path):
-    train(run_config(resume_from_checkpoint="latest", training__max_steps=1), consolidate)
+    train(run_config(resume_from_checkpoint="latest", training__max_steps=1), MOSHI)
     assert list(losses(tmp_path / "run")) == [1]
 
 
 def test_a_fresh_run_does_not_write_over_another(straight, run_config):
     with pytest.raises(UserError, match="already holds 2 checkpoints"):
-        train(run_config(run_dir=straight), consolidate)
+        train(run_config(run_dir=straight), MOSHI)
 
 
 def test_a_checkpoint_of_another_rank_is_refused(straight, run_config):
     config = run_config(resume_from_checkpoint=straight / "checkpoint_000005", lora__rank=8)
     with pytest.raises(UserError, match=r"rank 4.*rank 8"):
-        train(config, consolidate)
+        train(config, MOSHI)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(run_config, tmp_path):
     with pytest.raises(UserError, match="is not a checkpoint"):
-        train(run_config(resume_from_checkpoint=tmp_path), consolidate)
+        train(run_config(resume_from_checkpoint=tmp_path), MOSHI)
 
 
 def test_a_damaged_checkpoint_is_named(straight, run_config, tmp_path):
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_named(straight, run_config, tmp_path):
     state = copy / "state" / "trainer.pt"
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
-        train(run_config(resume_from_checkpoint=copy), consolidate)
+        train(run_config(resume_from_checkpoint=copy), MOSHI)
 
 
 def test_accumulated_micro_batches_equal_one_batch(straight, run_config, monkeypatch):
@@ -232,7 +232,7 @@ def test_accumulated_micro_batches_equal_one_batch(straight, run_config, monkeyp
             training__max_steps=4,
             training__eval_every=0,
         )
-        checkpoints.append(train(config, consolidate))
+        checkpoints.append(train(config, MOSHI))
         traces.append(list(losses(straight.parent / f"pieces{pieces}").values()))
     assert traces[0] == pytest.approx(traces[1], rel=1e-5)
     # Adam divides by the size of the gradient: where that is near 0, rounding moves a weight visibly. lr is 3e-3.
@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(run_config, tmp_path, m
 
     monkeypatch.setattr(MoshiLM, "forward", broken)
     with pytest.raises(UserError, match="The loss is nan"):
-        train(run_config(training__eval_every=0, training__save_every=1), consolidate)
+        train(run_config(training__eval_every=0, training__save_every=1), MOSHI)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint_000001", "checkpoint_000002"]
     assert list(losses(tmp_path / "run")) == [1, 2]
 
@@ -284,7 +284,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(run_config, tmp_pat
 
     monkeypatch.setattr(MoshiLM, "forward", broken)
     with pytest.raises(UserError, match="The gradient norm is"):
-        train(run_config(training__eval_every=0), consolidate)
+        train(run_config(training__eval_every=0), MOSHI)
     assert not list_checkpoints(tmp_path / "run")
 
 
@@ -297,8 +297,8 @@ def test_a_validation_split_without_windows_is_refused(run_config, codes, tmp_pa
     shutil.rmtree(copy / "data" / "validation")
     restate_sizes(copy)
     with pytest.raises(UserError, match="validation split has no windows"):
-        train(run_config(dataset__manifest_path=copy), consolidate)
-    train(run_config(dataset__manifest_path=copy, training__eval_every=0, training__max_steps=1), consolidate)
+        train(run_config(dataset__manifest_path=copy), MOSHI)
+    train(run_config(dataset__manifest_path=copy, training__eval_every=0, training__max_steps=1), MOSHI)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_what_accelerate_would_do_behind_the_loops_back_is_refused(run_config, m
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         with pytest.raises((UserError, ValueError), match=named):
-            train(run_config(), consolidate)
+            train(run_config(), MOSHI)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         assert PartialState._shared_state == {}
@@ -323,7 +323,7 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(run_config, tmp_path)
         run_config(
             training__max_steps=5, training__save_every=1, training__keep_checkpoints=2, training__eval_every=0
         ),
-        consolidate,
+        MOSHI,
     )
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint_000004", "checkpoint_000005"]
 
@@ -331,17 +331,17 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(run_config, tmp_path)
 def test_gradient_checkpointing_changes_nothing(straight, run_config, tmp_path):
     train(
         run_config(advanced__gradient_checkpointing="true", training__max_steps=10, training__eval_every=0),
-        consolidate,
+        MOSHI,
     )
     ours, theirs = losses(tmp_path / "run"), losses(straight)
     assert [ours[step] for step in range(1, 11)] == pytest.approx([theirs[step] for step in range(1, 11)], rel=1e-5)
 
 
 def test_trackers_get_the_metrics(run_config, tmp_path):
-    train(run_config(training__trackers="[tensorboard]", training__max_steps=1), consolidate)
+    train(run_config(training__trackers="[tensorboard]", training__max_steps=1), MOSHI)
     assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
 
 
 def test_a_tracker_that_is_not_installed_is_named(run_config):
     with pytest.raises(UserError, match=r"wandb, which is not installed.\nInstall it with `pip install wandb`"):
-        train(run_config(training__trackers="[wandb]"), consolidate)
+        train(run_config(training__trackers="[wandb]"), MOSHI)

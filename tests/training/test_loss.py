@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from hf_csm.config import LossConfig
-from hf_csm.mixture.collate import Batch
 from hf_csm.models.family import NO_TOKEN, Layout, TokenNLL
-from hf_csm.training.loss import STREAMS, stream_masks, stream_sums, token_weights, weighted_sum
+from hf_csm.models.moshi.layout import STREAM_NAMES, stream_masks, stream_weights
+from hf_csm.training.loss import stream_sums, token_weights, weighted_sum
 
 
 # text, two codebooks of Moshi's, one of the user's
@@ -15,12 +15,12 @@ CODES = torch.tensor(
 )
 
 
-def make_batch(num_given=0):
-    return Batch(("a",), CODES, torch.tensor([num_given]))
+def masks_of(num_given=0):
+    return stream_masks(CODES, torch.tensor([num_given]), LAYOUT)
 
 
 def test_weights_tell_words_padding_and_codebooks_apart():
-    weights = token_weights(stream_masks(make_batch(), LAYOUT), CONFIG)
+    weights = token_weights(masks_of(), stream_weights(CONFIG))
     assert weights[0].tolist() == [
         [2.0, 1.0, 1.0, 2.0, 0.0],
         [10.0, 10.0, 10.0, 10.0, 0.0],
@@ -30,7 +30,7 @@ def test_weights_tell_words_padding_and_codebooks_apart():
 
 
 def test_the_given_prefix_has_no_loss_but_its_audio_has():
-    weights = token_weights(stream_masks(make_batch(num_given=2), LAYOUT), CONFIG)
+    weights = token_weights(masks_of(num_given=2), stream_weights(CONFIG))
     assert weights[0, 0].tolist() == [0.0, 0.0, 1.0, 2.0, 0.0]
     assert weights[0, 1].tolist() == [10.0, 10.0, 10.0, 10.0, 0.0]
 
@@ -41,19 +41,19 @@ def test_by_default_text_weighs_as_much_as_the_audio_of_a_frame():
 
 
 def test_groups_share_no_target_and_miss_none():
-    masks = stream_masks(make_batch(), LAYOUT)
+    masks = masks_of()
     assert masks.sum(0).max() == 1
     assert masks.sum() == 12
 
 
 def test_weighted_sum_and_stream_sums():
-    masks = stream_masks(make_batch(), LAYOUT)
+    masks = masks_of()
     nll = torch.arange(20.0).view(1, 4, 5)
     output = TokenNLL(nll, masks.any(0))
-    assert weighted_sum(output, token_weights(masks, CONFIG)).item() == (
+    assert weighted_sum(output, token_weights(masks, stream_weights(CONFIG))).item() == (
         2 * 0 + 1 + 2 + 2 * 3 + 10 * (5 + 6 + 7 + 8) + (10 + 11 + 12 + 13)
     )
-    sums = dict(zip(STREAMS, stream_sums(output, masks).T.tolist(), strict=True))
+    sums = dict(zip(STREAM_NAMES, stream_sums(output, masks).T.tolist(), strict=True))
     assert sums == {
         "text_words": [0 + 3, 2],
         "text_padding": [1 + 2, 2],
@@ -63,7 +63,7 @@ def test_weighted_sum_and_stream_sums():
 
 
 def test_a_weight_on_what_the_model_does_not_predict_is_a_bug():
-    masks = stream_masks(make_batch(), LAYOUT)
+    masks = masks_of()
     output = TokenNLL(torch.zeros(CODES.shape), torch.zeros(CODES.shape, dtype=torch.bool))
     with pytest.raises(AssertionError, match="does not predict"):
-        weighted_sum(output, token_weights(masks, CONFIG))
+        weighted_sum(output, token_weights(masks, stream_weights(CONFIG)))

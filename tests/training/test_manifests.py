@@ -7,10 +7,10 @@ from accelerate import Accelerator
 
 from hf_csm.config import DatasetConfig, Replay, RunConfig, Source
 from hf_csm.data.table import split_files
-from hf_csm.encode import run as encode
 from hf_csm.errors import UserError
+from hf_csm.models.moshi import MOSHI
 from hf_csm.models.moshi.checkpoint import find_checkpoint
-from hf_csm.models.moshi.export import consolidate
+from hf_csm.models.moshi.codec import MimiCodec
 from hf_csm.training.loop import train
 from hf_csm.training.manifests import encode_manifests
 
@@ -37,8 +37,8 @@ def test_manifests_become_tables_in_the_run_and_are_encoded_once(
     write_manifest, codes, tiny_moshi, tmp_path, monkeypatch
 ):
     calls = []
-    real = encode.encode_waveforms
-    monkeypatch.setattr(encode, "encode_waveforms", lambda *args: (calls.append(args), real(*args))[1])
+    real = MimiCodec.encode
+    monkeypatch.setattr(MimiCodec, "encode", lambda *args: (calls.append(args), real(*args))[1])
     config = RunConfig(
         run_dir=str(tmp_path / "run"),
         dataset=DatasetConfig(
@@ -49,8 +49,8 @@ def test_manifests_become_tables_in_the_run_and_are_encoded_once(
         ),
     )
     base = find_checkpoint(str(tiny_moshi))
-    dataset = encode_manifests(config, base, Accelerator(cpu=True))
-    assert dataset == encode_manifests(config, base, Accelerator(cpu=True))
+    dataset = encode_manifests(config, MOSHI, base, Accelerator(cpu=True))
+    assert dataset == encode_manifests(config, MOSHI, base, Accelerator(cpu=True))
     assert len(calls) == 2  # train and val
     of_manifest, of_codes = dataset.sources
     assert (of_manifest.weight, of_codes) == (2.0, Source(str(codes)))
@@ -61,7 +61,7 @@ def test_manifests_become_tables_in_the_run_and_are_encoded_once(
 
 def test_without_manifests_nothing_is_loaded(codes):
     config = RunConfig(dataset=DatasetConfig(manifest_path=str(codes)))
-    assert encode_manifests(config, None, None) is config.dataset
+    assert encode_manifests(config, MOSHI, None, None) is config.dataset
 
 
 def test_the_guides_jsonl_trains(write_manifest, run_config, tmp_path):
@@ -71,10 +71,10 @@ def test_the_guides_jsonl_trains(write_manifest, run_config, tmp_path):
         training__max_steps=1,
         training__eval_every=1,
     )
-    assert train(config, consolidate).name == "checkpoint_000001"
+    assert train(config, MOSHI).name == "checkpoint_000001"
     assert "eval_loss" in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_missing_manifest_is_named(run_config):
     with pytest.raises(UserError, match=r"nowhere\.jsonl"):
-        train(run_config(dataset__manifest_path="nowhere.jsonl"), consolidate)
+        train(run_config(dataset__manifest_path="nowhere.jsonl"), MOSHI)

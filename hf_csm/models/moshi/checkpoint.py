@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import filecmp
 import hashlib
 import json
 import pickle
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 
 from hf_csm.errors import UserError
 from hf_csm.hub import hub_errors
+from hf_csm.models.family import RuntimeAdapter
 from hf_csm.models.moshi.pull import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
@@ -31,6 +34,8 @@ from hf_csm.models.moshi.pull import (
 
 CONSOLIDATED_NAME = "consolidated"
 """Folder of a training checkpoint with the files that moshi loads."""
+LORA_KEYS = ("lora", "lora_name", "lora_rank", "lora_scaling")
+"""What an adapter's config.json has beside the keys of its base."""
 
 
 @dataclass
@@ -160,6 +165,48 @@ def _resolve(name: str, folder: Path, key: str, name_or_path: str, revisions: di
             "Copy the file there, or correct the name in config.json.",
         )
     return path
+
+
+def split_adapter(checkpoint: MoshiCheckpoint, name: str) -> tuple[MoshiCheckpoint, RuntimeAdapter | None]:
+    """Return the checkpoint of the base, and the adapter on it; None for a base or merged model.
+
+    Args:
+        name: what to call the adapter in messages.
+
+    Raises:
+        UserError: config.json has no rank or scaling.
+    """
+    if checkpoint.lora_weights is None:
+        return checkpoint, None
+    config = checkpoint.raw_config or {}
+    try:
+        rank, scaling = int(config["lora_rank"]), float(config["lora_scaling"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint.name_or_path}: config.json has no lora_rank or lora_scaling.", "Export the adapter again."
+        ) from error
+    base = copy.copy(checkpoint)
+    moshi_name = str(config.get("moshi_name", ""))
+    base.name_or_path = (
+        split_name(moshi_name)[0] if moshi_name.startswith("hf://") else str(checkpoint.moshi_weights.parent)
+    )
+    base.lora_weights, base.revision = None, None
+    base.lm_config, base.raw_config = without_lora(checkpoint.lm_config), without_lora(checkpoint.raw_config)
+    return base, RuntimeAdapter(name, checkpoint.lora_weights, rank, scaling)
+
+
+def is_same_base(checkpoint: MoshiCheckpoint, other: MoshiCheckpoint) -> bool:
+    """Return whether two checkpoints, of adapters or whole models, have the same base."""
+    # The first repositories have no config.json, but adapters of them do.
+    configs = [without_lora(one.lm_config or loaders._lm_kwargs) for one in (checkpoint, other)]
+    weights, other_weights = checkpoint.moshi_weights, other.moshi_weights
+    is_same_file = weights.resolve() == other_weights.resolve()
+    return configs[0] == configs[1] and (is_same_file or filecmp.cmp(weights, other_weights, shallow=False))
+
+
+def without_lora(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a config.json without moshi's keys of an adapter."""
+    return None if config is None else {key: value for key, value in config.items() if key not in LORA_KEYS}
 
 
 def load_tokenizer(checkpoint: loaders.CheckpointInfo) -> sentencepiece.SentencePieceProcessor:

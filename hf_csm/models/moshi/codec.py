@@ -1,19 +1,42 @@
-"""Waveforms to Mimi codes, each channel by itself, the same codes that the streaming encoder of a server gives."""
+"""Waveforms to Mimi codes, each channel by itself, equal to those of the streaming encoder that a server runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from moshi.models.compression import MimiModel
 from moshi.utils.compile import CUDAGraphed
 
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, load_mimi
 from hf_csm.units import SAMPLES_PER_FRAME
 
 
-if TYPE_CHECKING:
-    from moshi.models import MimiModel
+class MimiCodec:
+    """Mimi as a `Codec`."""
+
+    def __init__(self, mimi: MimiModel):
+        self.mimi = mimi
+
+    @property
+    def num_codebooks(self) -> int:
+        """Q."""
+        return self.mimi.num_codebooks
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.mimi.parameters()).device
+
+    def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See `encode_waveforms`."""
+        return encode_waveforms(self.mimi, waveforms)
+
+
+def load_codec(checkpoint: MoshiCheckpoint, device: torch.device | str = "cpu") -> MimiCodec:
+    """Load Mimi with all the codebooks it has."""
+    return MimiCodec(load_mimi(checkpoint, device))
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
-"""Conversations with Moshi, several at once, a frame of 80 ms at a time: what the server and offline use run on."""
+"""Generation with Moshi: several conversations at once, a frame of 80 ms at a time."""
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,37 +13,25 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMGen, LMModel
 from moshi.modules.streaming import State, StreamingModule
 
-from hf_csm.models.moshi.runtime_lora import Strengths
+from hf_csm.models.family import Frame, RuntimeAdapter
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, load_mimi
+from hf_csm.models.moshi.model import load_moshi
+from hf_csm.models.moshi.runtime_lora import Strengths, add_adapters
 from hf_csm.units import SAMPLES_PER_FRAME
 
 
 DECODER_PARTS = ("decoder", "decoder_transformer", "upsample")
 NUM_WARM_UP_FRAMES = 4
 """As in moshi's server: compilation and CUDA graphs take the first few."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What Moshi says in one frame.
-
-    Attributes:
-        text_token: of the text stream; one of `Engine.padding_ids` where no word goes on.
-        audio: `[1920]`, float32, 24 kHz.
-        codes: `[Q]`, int64, Moshi's own codebooks.
-        is_told: the text token is one of `Engine.force_text`: what Moshi was told is nothing it says.
-    """
-
-    text_token: int
-    audio: np.ndarray
-    codes: np.ndarray
-    is_told: bool = False
+SAMPLING_NAMES = {"temp": "temperature", "temp_text": "text_temperature", "top_k": "top_k", "top_k_text": "text_top_k"}
+"""Sampling options in the `lm_gen_config` of a config.json, and their names in `Engine`."""
 
 
 class Engine:
-    """`num_slots` conversations at once; each goes at its own pace and knows nothing of the others.
+    """`num_slots` independent conversations, each at its own pace: the `Engine` of `hf_csm.models.family`.
 
-    It does for each slot what `moshi.server` does for its one conversation. With one slot and the same weights, seed
-    and audio it gives the server's tokens, bit for bit. Not thread-safe: one thread calls it.
+    Each slot runs the loop that `moshi.server` runs for its one conversation: with one slot, the same weights, seed
+    and audio, the tokens are equal bit for bit. Not thread-safe.
 
     Attributes:
         padding_ids: tokens of the text stream that are no text.
@@ -68,7 +57,7 @@ class Engine:
         Args:
             lm: in eval mode, without PEFT layers.
             mimi: gets as many codebooks as `lm` has.
-            strengths: what `add_adapters` gave, made for as many slots.
+            strengths: of `add_adapters`, with the same number of slots.
             temperature: of the audio; `top_k` too.
         """
         assert num_slots > 0, num_slots
@@ -99,7 +88,9 @@ class Engine:
         self._num_steps = [0] * num_slots
         self._forced: list[deque[int]] = [deque() for _ in range(num_slots)]
         self._forced_now: dict[int, int] = {}
-        self._told: list[deque[bool]] = [deque() for _ in range(num_slots)]  # of the frames that are not out yet
+        self._was_forced: list[deque[bool]] = [
+            deque() for _ in range(num_slots)
+        ]  # of the frames that delays still hold back
         self._pcm = torch.zeros(num_slots, 1, SAMPLES_PER_FRAME)
 
     def warm_up(self) -> None:
@@ -130,13 +121,13 @@ class Engine:
         self._restarted()
         self._num_steps[slot] = 0
         self._forced[slot].clear()
-        self._told[slot].clear()
+        self._was_forced[slot].clear()
 
     def force_text(self, slot: int, tokens: Sequence[int]) -> None:
-        """Write these tokens over what Moshi samples for its text, one a step, in place of those still to be written.
+        """Write these tokens over the sampled text tokens, one a step; they replace those still queued.
 
-        In a new conversation the first one stands in the first frame, as the prefix does in training. What was
-        written before stays in the stream, be it whole or a part; no tokens end the writing.
+        In a new conversation the first one stands in the first frame, as the prefix does in training. Tokens that
+        were written before stay in the stream. An empty sequence clears the queue.
         """
         self._forced[slot] = deque(tokens)
 
@@ -146,13 +137,13 @@ class Engine:
         self._strengths.set(slot, adapter, strength)
 
     def step(self, frames: Mapping[int, np.ndarray]) -> dict[int, Frame]:
-        """Let the named slots hear a frame each, and return what Moshi says in them; the other slots stand still.
+        """Feed the user's next frame to each named slot and return the frames generated; other slots do not advance.
 
-        A slot's first frame after `reset` only starts the model, and Mimi starts anew after it, as in `moshi.server`.
-        Delays hold the output back: its first `max(delays)` frames give nothing.
+        A slot's first frame after `reset` only starts the model, and Mimi is reset after it, as in `moshi.server`.
+        Delays hold the output back: the first `max(delays)` steps return no frame.
 
         Args:
-            frames: for each slot what its user says, `[1920]`, float32, 24 kHz.
+            frames: the user's audio by slot, `[1920]`, float32, 24 kHz.
         """
         with torch.no_grad(), torch.cuda.device(self._cuda_index):
             return self._step(frames)
@@ -178,7 +169,7 @@ class Engine:
         assert tokens is not None
         for slot in slots:
             if self._num_steps[slot] >= self.lm.delays[0]:
-                self._told[slot].append(slot in self._forced_now)
+                self._was_forced[slot].append(slot in self._forced_now)
             self._num_steps[slot] += 1
         speaking = [slot for slot in slots if self._num_steps[slot] > self._generator.max_delay]
         if not speaking:
@@ -187,7 +178,9 @@ class Engine:
         audio = self.mimi.decode(tokens[:, 1:].clamp(min=0))[:, 0].float().cpu().numpy()
         said = tokens[:, :, 0].cpu().numpy()
         return {
-            slot: Frame(int(said[slot, 0]), audio[slot].copy(), said[slot, 1:].copy(), self._told[slot].popleft())
+            slot: Frame(
+                int(said[slot, 0]), audio[slot].copy(), said[slot, 1:].copy(), self._was_forced[slot].popleft()
+            )
             for slot in speaking
         }
 
@@ -209,6 +202,44 @@ class Engine:
         # moshi sets a slot that starts anew running.
         for part in (self._encoder, self._decoder, self._talker):
             part.forget()
+
+
+def open_engine(
+    checkpoint: MoshiCheckpoint,
+    adapters: Sequence[RuntimeAdapter] = (),
+    *,
+    num_slots: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    **sampling: Any,
+) -> Engine:
+    """Load a base or merged model and adapters of it into an engine.
+
+    Args:
+        dtype: of the language model; by default bfloat16 on a GPU, float32 elsewhere.
+        sampling: options of `Engine`, in place of those in the checkpoint's config.json; None keeps those.
+
+    Raises:
+        UserError: weights are damaged or do not fit the base.
+    """
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    options = {
+        SAMPLING_NAMES.get(name, name): value
+        for name, value in checkpoint.lm_gen_config.items()
+        if name in SAMPLING_NAMES or name == "use_sampling"
+    }
+    ignored = checkpoint.lm_gen_config.keys() - SAMPLING_NAMES.keys() - {"use_sampling"}
+    if ignored:
+        warnings.warn(f"{checkpoint.name_or_path} asks for {', '.join(sorted(ignored))}: ignored.", stacklevel=2)
+    options |= {name: value for name, value in sampling.items() if value is not None}
+    lm = load_moshi(checkpoint, device=device, dtype=dtype).lm.eval()
+    mimi = load_mimi(checkpoint, device)
+    strengths = None
+    if adapters:
+        strengths = add_adapters(lm, adapters, num_slots=num_slots, base_name=checkpoint.name_or_path)
+    return Engine(lm, mimi, num_slots=num_slots, strengths=strengths, **options)
 
 
 class _Running:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import MoshiCheckpoint
+from hf_csm.models.moshi.checkpoint import LORA_KEYS, MoshiCheckpoint
 from hf_csm.models.moshi.lora import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -35,7 +35,6 @@ from hf_csm.models.moshi.pull import CONFIG_NAME, DEFAULT_NAMES
 
 LORA_NAME = "lora.safetensors"
 PEFT_PREFIX = "base_model.model."
-LORA_KEYS = ("lora", "lora_name", "lora_rank", "lora_scaling")
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.25}
 """Largest difference of two logits, in standard deviations of all logits, that rounding explains in each dtype.
@@ -65,10 +64,10 @@ def export_native(adapter: MoshiLM | Path, checkpoint: MoshiCheckpoint, out: Pat
     return out
 
 
-def consolidate(model: MoshiLM, checkpoint: MoshiCheckpoint, folder: Path) -> None:
-    """Write the native files of a training checkpoint, and check that moshi would take every weight.
+def export_adapter(model: MoshiLM, checkpoint: MoshiCheckpoint, folder: Path) -> None:
+    """Write moshi's files of the adapter, and check that moshi would take every weight.
 
-    Names and shapes only: a second base to compare logits with has no room beside a run. `export_checkpoint` compares.
+    Names and shapes only: beside a run there is no memory for a second base. `verify_native` compares logits.
     """
     export_native(model, checkpoint, folder)
     check_native_keys(folder, checkpoint)

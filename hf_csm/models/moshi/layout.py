@@ -1,4 +1,4 @@
-"""From a window to the token streams of a model: text from word times, the emotion prefix, the audio codes."""
+"""Moshi's token streams: text from word times, the emotion prefix, the audio codes; and their groups in the loss."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from hf_csm.config import LossConfig
 from hf_csm.errors import UserError
-from hf_csm.models.family import Layout, Window
+from hf_csm.models.family import NO_TOKEN, Layout, Window
 from hf_csm.units import Frames, frame_at
 
 
@@ -16,6 +18,9 @@ Word = Mapping[str, Any]
 """`word`, `start_s`, `end_s`, and in windows `channel`."""
 Tokenize = Callable[[str], list[int]]
 """Text to token ids, such as a SentencePiece model's `encode`."""
+
+STREAM_NAMES = ("text_words", "text_padding", "codebook_0", "codebooks_rest")
+"""Groups of targets in the loss."""
 
 
 def text_stream(words: Sequence[Word], num_frames: Frames, tokenize: Tokenize, layout: Layout) -> np.ndarray:
@@ -46,7 +51,6 @@ def lay_out(
     layout: Layout,
     tokenize: Tokenize,
     *,
-    emotion: str,
     prefix: str | None = None,
     max_frames: Frames | None = None,
 ) -> Window:
@@ -84,4 +88,38 @@ def lay_out(
                 "Encode with a longer --lead-in-s, or shorten dataset.prefix_template.",
             )
         streams[0, :num_given] = tokens
-    return Window(row["id"], emotion, streams, num_given)
+    return Window(row["id"], streams, num_given)
+
+
+def stream_masks(codes: torch.Tensor, num_given: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return bool `[4, B, K, T]`: the targets of each group in `STREAM_NAMES`; no target is in two.
+
+    A target is a token of a predicted stream, neither the user's nor of the given prefix.
+
+    Args:
+        codes: `[B, K, T]`.
+        num_given: `[B]`, frames of the prefix.
+    """
+    is_target = codes != NO_TOKEN
+    is_target[:, layout.num_predicted_streams :] = False
+    frames = torch.arange(codes.shape[2], device=codes.device)
+    is_target[:, 0] &= frames >= num_given[:, None]
+
+    text = codes[:, 0]
+    is_padding = (text == layout.text_padding_id) | (text == layout.end_of_text_padding_id)
+    masks = torch.zeros(len(STREAM_NAMES), *codes.shape, dtype=torch.bool, device=codes.device)
+    masks[0, :, 0] = is_target[:, 0] & ~is_padding
+    masks[1, :, 0] = is_target[:, 0] & is_padding
+    masks[2, :, 1] = is_target[:, 1]
+    masks[3, :, 2:] = is_target[:, 2:]
+    return masks
+
+
+def stream_weights(config: LossConfig) -> tuple[float, float, float, float]:
+    """Return the weight of a target of each group in `STREAM_NAMES`."""
+    return (
+        config.text_weight,
+        config.text_weight * config.text_padding_weight,
+        config.first_codebook_weight,
+        config.other_codebooks_weight,
+    )

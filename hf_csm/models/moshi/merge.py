@@ -21,10 +21,9 @@ from moshi.models import loaders
 from safetensors import SafetensorError, safe_open
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import MoshiCheckpoint
+from hf_csm.models.moshi.checkpoint import LORA_KEYS, MoshiCheckpoint
 from hf_csm.models.moshi.export import (
     CONFIG_NAME,
-    LORA_KEYS,
     PEFT_PREFIX,
     ExportError,
     checkpoint_name,

@@ -9,14 +9,14 @@ from moshi.models.lm import LMModel
 from safetensors import SafetensorError
 
 from hf_csm.errors import UserError
-from hf_csm.models.family import Layout, TokenNLL
+from hf_csm.models.family import Layout, SpeechLM, TokenNLL
 from hf_csm.models.moshi.checkpoint import MoshiCheckpoint
 
 
 IGNORED_TARGET = -100
 
 
-class MoshiLM(torch.nn.Module):
+class MoshiLM(SpeechLM):
     """Moshi as a `SpeechLM`: scores windows of codes, teacher forced.
 
     Attributes:

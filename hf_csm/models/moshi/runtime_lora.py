@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from moshi.models.lm import LMModel
@@ -13,27 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hf_csm.errors import UserError
+from hf_csm.models.family import RuntimeAdapter
 from hf_csm.models.moshi.lora import linear_paths
 
 
 LOW, HIGH = ".lora_A.weight", ".lora_B.weight"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter in moshi's files.
-
-    Attributes:
-        name: what to call it in messages.
-        weights: its `lora.safetensors`.
-        rank: `lora_rank` of its config.json.
-        scaling: `lora_scaling` of its config.json.
-    """
-
-    name: str
-    weights: Path
-    rank: int
-    scaling: float
 
 
 class Strengths:
@@ -89,7 +71,7 @@ class SteeredLinear(LoRALinear):
 
 
 def add_adapters(
-    lm: LMModel, adapters: Sequence[Adapter], *, num_slots: int, base_name: str = "the base"
+    lm: LMModel, adapters: Sequence[RuntimeAdapter], *, num_slots: int, base_name: str = "the base"
 ) -> Strengths:
     """Give `lm`, a base without adapter, the adapters, in place; layers that none of them changes stay as they are.
 
@@ -126,7 +108,11 @@ def _complete_gating(lm: LMModel) -> None:
 
 
 def _read(
-    adapter: Adapter, layers: dict[str, torch.nn.Module], base_name: str, dtype: torch.dtype, device: torch.device
+    adapter: RuntimeAdapter,
+    layers: dict[str, torch.nn.Module],
+    base_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return A and B of every layer that the adapter changes, by its path."""
     try:

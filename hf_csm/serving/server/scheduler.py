@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hf_csm.models.moshi.engine import Frame
+from hf_csm.models.family import Frame
 from hf_csm.serving.server.metrics import Metrics
 from hf_csm.units import FRAME_RATE, Seconds
 

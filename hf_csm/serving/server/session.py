@@ -20,7 +20,7 @@ import aiohttp
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.engine import Frame
+from hf_csm.models.family import Frame
 from hf_csm.serving.loaded import Speaker
 from hf_csm.serving.server.connection import Connection
 from hf_csm.serving.server.journal import write

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.engine import Frame
+from hf_csm.models.family import Frame
 from hf_csm.serving.loaded import MAX_STRENGTH
 from hf_csm.serving.resolve import Voice
 from hf_csm.serving.server.protocol import AUDIO_FORMATS
@@ -169,7 +169,7 @@ class Talk:
     def hear(self, frame: Frame) -> list[object]:
         """Take note of what Moshi said."""
         padding_ids = self._speaker.engine.padding_ids
-        if frame.is_told:
+        if frame.is_forced:
             frame = replace(frame, text_token=min(padding_ids))
         if frame.text_token in padding_ids:
             self._num_padding += 1

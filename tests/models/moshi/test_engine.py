@@ -178,7 +178,7 @@ def test_frames_say_which_text_was_forced(make_engine):
         said += talk(engine, 0, speech(1, 2))
         engine.force_text(0, [303])
         said += talk(engine, 0, speech(2, 4))
-        assert [frame.text_token for frame in said if frame.is_told] == [300, 301, 303]
+        assert [frame.text_token for frame in said if frame.is_forced] == [300, 301, 303]
 
 
 def test_a_text_policy_has_the_last_word(make_engine):

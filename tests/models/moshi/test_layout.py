@@ -58,7 +58,7 @@ def test_text_stream_puts_tokens_where_their_word_begins(words, expected):
 
 
 def test_streams_are_text_then_moshi_then_the_user():
-    window = lay_out(row(words=[word("a", 0.4)]), LAYOUT, tokenize, emotion="sad")
+    window = lay_out(row(words=[word("a", 0.4)]), LAYOUT, tokenize)
     codes = row()["codes"]
     assert window.codes.shape == (5, 6)
     assert window.codes[0].tolist() == [PAD, PAD, PAD, PAD, END, 10]
@@ -67,32 +67,32 @@ def test_streams_are_text_then_moshi_then_the_user():
 
 
 def test_the_users_words_are_not_in_moshis_monologue():
-    window = lay_out(row(words=[word("a", 0.1, channel=1)]), LAYOUT, tokenize, emotion="sad")
+    window = lay_out(row(words=[word("a", 0.1, channel=1)]), LAYOUT, tokenize)
     assert set(window.codes[0].tolist()) == {PAD}
 
 
 def test_the_prefix_is_given_in_the_first_frames():
-    window = lay_out(row(words=[word("a", 0.4)]), LAYOUT, tokenize, emotion="sad", prefix="xy")
+    window = lay_out(row(words=[word("a", 0.4)]), LAYOUT, tokenize, prefix="xy")
     assert window.num_given == 2
     assert window.codes[0].tolist() == [33, 34, PAD, PAD, END, 10]
 
 
 def test_without_prefix_every_frame_is_predicted():
-    assert lay_out(row(), LAYOUT, tokenize, emotion="sad").num_given == 0
+    assert lay_out(row(), LAYOUT, tokenize).num_given == 0
 
 
 def test_a_prefix_longer_than_the_lead_in_is_refused():
     with pytest.raises(UserError, match=r"takes 5 frames; window w is quiet for 5"):
-        lay_out(row(), LAYOUT, tokenize, emotion="sad", prefix="abcde")
+        lay_out(row(), LAYOUT, tokenize, prefix="abcde")
 
 
 def test_too_few_codebooks_are_refused():
     with pytest.raises(UserError, match=r"needs \[2, 2 or more, T\]"):
-        lay_out(row(num_codebooks=1), LAYOUT, tokenize, emotion="sad")
+        lay_out(row(num_codebooks=1), LAYOUT, tokenize)
 
 
 def test_a_window_is_cut_at_max_frames():
-    window = lay_out(row(words=[word("a", 0.4)]), LAYOUT, tokenize, emotion="sad", max_frames=3)
+    window = lay_out(row(words=[word("a", 0.4)]), LAYOUT, tokenize, max_frames=3)
     assert window.codes.shape == (5, 3)
 
 

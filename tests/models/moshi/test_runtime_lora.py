@@ -4,11 +4,12 @@ from moshi.models.loaders import get_moshi_lm
 from safetensors.torch import load_file, save_file
 
 from hf_csm.errors import UserError
+from hf_csm.models.family import RuntimeAdapter
 from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.models.moshi.export import export_native
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi
-from hf_csm.models.moshi.runtime_lora import Adapter, SteeredLinear, add_adapters
+from hf_csm.models.moshi.runtime_lora import SteeredLinear, add_adapters
 
 
 RANK, SCALING = 4, 1.7
@@ -23,7 +24,7 @@ def write_adapter(base, folder, seed, target_modules="all-linear"):
         for weight in adapter_parameters(model):
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
     export_native(model, base, folder)
-    return Adapter(folder.name, folder / "lora.safetensors", RANK, SCALING)
+    return RuntimeAdapter(folder.name, folder / "lora.safetensors", RANK, SCALING)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_half_a_gating_is_completed(base, adapters, tmp_path):
     weights = load_file(adapters[0].weights)
     halved = {name: torch.zeros_like(weight) if "linear_out" in name else weight for name, weight in weights.items()}
     save_file(halved, tmp_path / "lora.safetensors")
-    adapter = Adapter("half", tmp_path / "lora.safetensors", RANK, SCALING)
+    adapter = RuntimeAdapter("half", tmp_path / "lora.safetensors", RANK, SCALING)
     lm = load(base)
     add_adapters(lm, [adapter], num_slots=1).set(0, 0, 1.0)
     assert torch.equal(logits(lm), logits(stocks(base, adapter)))
@@ -152,7 +153,7 @@ def damaged(weights, how):
 )
 def test_an_adapter_for_another_base_is_named_and_nothing_is_changed(base, adapters, tmp_path, how, named):
     save_file(damaged(load_file(adapters[0].weights), how), tmp_path / "lora.safetensors")
-    other = Adapter("other", tmp_path / "lora.safetensors", RANK, SCALING)
+    other = RuntimeAdapter("other", tmp_path / "lora.safetensors", RANK, SCALING)
     lm = load(base)
     with pytest.raises(UserError, match=f"adapter other is not one for moshiko.*{named}"):
         add_adapters(lm, [adapters[0], other], num_slots=1, base_name="moshiko")
@@ -162,4 +163,4 @@ def test_an_adapter_for_another_base_is_named_and_nothing_is_changed(base, adapt
 def test_a_cut_file_is_named(base, adapters, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(adapters[0].weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"lora\.safetensors cannot be read"):
-        add_adapters(load(base), [Adapter("cut", tmp_path / "lora.safetensors", RANK, SCALING)], num_slots=1)
+        add_adapters(load(base), [RuntimeAdapter("cut", tmp_path / "lora.safetensors", RANK, SCALING)], num_slots=1)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hf_csm.models.emotion_control import EmotionControl
-from hf_csm.models.moshi.engine import Frame
+from hf_csm.models.family import Frame
 from hf_csm.serving.resolve import Models, Voice
 from hf_csm.serving.server.app import Server
 from hf_csm.serving.server.limits import Limits

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.engine import Frame
+from hf_csm.models.family import Frame
 from hf_csm.serving.server.steering import (
     HANDSHAKE_NOW,
     PAUSE_FRAMES,
@@ -135,13 +135,13 @@ def tokens_of(things):
 
 
 def test_what_moshi_is_told_is_nothing_it_says(talk):
-    told = replace(WORD, is_told=True)
+    told = replace(WORD, is_forced=True)
     assert [tokens_of(talk.hear(said)) for said in (told, WORD, told)] == [[0], [17], [0]]
 
 
 def test_being_told_is_no_speaking(talk):
     """A second wish does not wait for a pause while the first one is still told."""
-    talk.hear(replace(WORD, is_told=True))
+    talk.hear(replace(WORD, is_forced=True))
     assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "sad", 1.0)]
 
 
@@ -224,7 +224,7 @@ PAUSE = (PADDING,) * PAUSE_FRAMES
 STATES = {
     "before the first frame": (),
     "quiet, nothing said yet": PAUSE,
-    "forced text": (replace(WORD, is_told=True),),
+    "forced text": (replace(WORD, is_forced=True),),
     "speaking": (WORD,),
     "short gap": (WORD, PADDING),
     "pause after speech": (WORD, *PAUSE),
