@@ -22,6 +22,7 @@ import numpy as np
 import sphn
 
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
+from tests.doubles.waiting import GUARD_S, wait_until
 
 
 _RUN = """
@@ -76,7 +77,6 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         seed: int | None = None,
         tokens: Path | str | None = None,
-        timeout_s: float = 120,
     ):
         """Start it.
 
@@ -86,7 +86,7 @@ class ServerProcess:
             seed: of each conversation; the random state starts anew where the model does.
             tokens: file that gets the tokens of the latest conversation, a frame a line: text, then codes.
         """
-        self.log, self.timeout_s, self.port = Path(log), timeout_s, free_port()
+        self.log, self.port = Path(log), free_port()
         own = [module, str(tokens or ""), "" if seed is None else str(seed)]
         place = ["--host", "127.0.0.1", "--port", str(self.port)]
         command = [sys.executable, "-c", _RUN, *own, *map(str, arguments), *place]
@@ -97,30 +97,31 @@ class ServerProcess:
 
     def __enter__(self) -> ServerProcess:
         try:
-            deadline = time.monotonic() + self.timeout_s
-            while time.monotonic() < deadline:
-                if self.process.poll() is not None:
-                    raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()}")
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                    return self
-                time.sleep(0.1)
-            raise TimeoutError(f"no answer in {self.timeout_s} s:\n{self.log.read_text()}")
+            wait_until(self._takes_connections)
+            return self
         except BaseException:
             self.__exit__()
             raise
 
+    def _takes_connections(self) -> bool:
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()}")
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        return False
+
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         try:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=GUARD_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
+    """Return a free port of 127.0.0.1."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -128,7 +129,7 @@ def free_port() -> int:
 
 @dataclass
 class Heard:
-    """What a client got in a conversation.
+    """The messages that a client received in a conversation.
 
     Attributes:
         handshake: the first message.
@@ -137,7 +138,7 @@ class Heard:
         num_frames_before_audio: that were sent before the first audio came; only a slow `pace_s` makes it exact.
         lags_s: for each message with audio, how long after its first sample's place in what was sent it came.
         close_code: of the server; None while it has not closed.
-        close_reason: its words.
+        close_reason: of the server.
     """
 
     handshake: bytes = b""
@@ -156,9 +157,8 @@ async def converse(
     query: str = "",
     num_frames: int | None = None,
     pace_s: float = 0.0,
-    timeout_s: float = 30,
 ) -> Heard:
-    """Say `audio` to the server on `port` as moshi's own client does, and return what came back.
+    """Send `audio` to the server on `port` as moshi's own client does, and return the answer.
 
     Args:
         audio: `[S]`, float32, 24 kHz, S a multiple of 1,920; sent frame by frame, as fast as it is taken.
@@ -166,7 +166,6 @@ async def converse(
         num_frames: stop when so many frames of audio have come; all but the last 6 of what was sent by default, since
             delays and Opus hold some back.
         pace_s: seconds from frame to frame, 0.08 for real time.
-        timeout_s: for each message.
     """
     writer, reader = sphn.OpusStreamWriter(SAMPLE_RATE), sphn.OpusStreamReader(SAMPLE_RATE)
     num_sent = len(audio) // SAMPLES_PER_FRAME
@@ -188,7 +187,7 @@ async def converse(
     async with aiohttp.ClientSession() as session, session.ws_connect(url, autoclose=False) as ws:
         talking = None
         while num_samples < wanted:
-            message = await ws.receive(timeout=timeout_s)
+            message = await ws.receive(timeout=GUARD_S)
             if message.type == aiohttp.WSMsgType.CLOSE:
                 heard.close_code, heard.close_reason = message.data, message.extra or ""
             if message.type not in (aiohttp.WSMsgType.BINARY, aiohttp.WSMsgType.TEXT):

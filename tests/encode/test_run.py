@@ -187,7 +187,7 @@ def test_two_processes_at_once_make_the_table_of_one(straight, prepared, mimi, t
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=600)
     assert [process.exitcode for process in processes] == [0, 0]
     assert files_of(tmp_path / "out") == straight
 

@@ -1,10 +1,8 @@
 import dataclasses
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import datasets
 import numpy as np
@@ -18,6 +16,7 @@ from hf_csm.prepare.builder import CorpusBuilder
 from hf_csm.prepare.pool import alone_in
 from hf_csm.prepare.run import prepare
 from hf_csm.testing.ravdess import clip_bytes, wav_bytes, write_ravdess
+from tests.doubles.waiting import wait_until
 
 
 ACTORS = (1, 7, 17, 18, 21)
@@ -154,24 +153,22 @@ CorpusBuilder.rows = slow
 prepare("ravdess", {str(raw)!r}, {str(out)!r}, num_workers=2, progress=False)
 """
     run = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".ravdess.partial/parts/*.json")):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: run.poll() is not None or list(tmp_path.glob(".ravdess.partial/parts/*.json")))
+    assert run.poll() is None
     run.kill()
     run.wait()
     assert not out.exists()
     prepare("ravdess", raw, out, num_workers=1, progress=False)  # waits for the workers, which end with their parent
     assert contents(out) == contents(done[0])
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(run.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.05)
-    else:
-        os.killpg(run.pid, signal.SIGKILL)
-        pytest.fail("workers outlive their parent")
+    wait_until(lambda: not is_alive(run.pid))
+
+
+def is_alive(process_group):
+    try:
+        os.killpg(process_group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no lock")
