@@ -1,4 +1,4 @@
-# Each target sets itself up in .venv and does nothing twice. PYTHON picks the interpreter: make PYTHON=python3.12 test
+# Every target first installs .venv if it is missing or outdated. PYTHON selects the interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,27 +7,27 @@ READY := $(VENV)/.ready
 
 export NO_TORCH_COMPILE := 1
 
-# Python 3.10 to 3.13 and make are all that has to be there.
+# Requires Python 3.10 to 3.13 and make.
 .PHONY: help setup demo test test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make setup   only install everything in .venv"
-	@echo "make demo    the whole way on the embedded model and corpus, on CPU; ends with a results table"
-	@echo "make test    the tests"
-	@echo "make test-slow   the few that take minutes"
-	@echo "make lint    ruff and mypy"
-	@echo "make format  let ruff put the code in shape"
+	@echo "make setup       install everything in .venv, nothing else"
+	@echo "make demo        the whole workflow with a tiny model and a synthetic corpus, on CPU; ends with a results table"
+	@echo "make test        run the tests"
+	@echo "make test-slow   run the tests that take minutes"
+	@echo "make lint        run ruff and mypy"
+	@echo "make format      format the code with ruff"
 
-# uv installs the set in a fraction of pip's time; where uv cannot be had, pip does the same.
+# uv is much faster than pip, which is the fallback.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else "Python 3.10 to 3.13 is needed; name one: make PYTHON=python3.12 test")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if $(BIN)/python -m pip install -q --disable-pip-version-check uv; then \
-		$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+		$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev,serve,prosody,trackers]'; \
 	else \
-		echo "uv cannot be installed; pip takes some minutes"; \
-		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+		echo "uv cannot be installed; falling back to pip, which takes some minutes"; \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,serve,prosody,trackers]'; \
 	fi
 	@touch $@
 

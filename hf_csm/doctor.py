@@ -1,4 +1,4 @@
-"""`hf-csm doctor`: what this machine has, what is missing, and how to get it."""
+"""`hf-csm doctor`: installed versions, GPU and disk space, and what is missing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from packaging.requirements import Requirement
 
 BASE_WEIGHTS_GB = 16.5
 """Moshi 7B in bfloat16 with Mimi and the tokenizer."""
+EXTRAS = ("serve", "prosody", "trackers")
 
 
 def examine() -> tuple[str, bool]:
-    """Return a report, one finding a line, and whether all that is needed is there."""
+    """Return a report, one finding per line, and whether all requirements are met."""
     lines = [f"  python {platform.python_version()} at {sys.executable}"]
     problems = _packages(lines)
     problems += _accelerator(lines)
@@ -30,12 +31,17 @@ def _packages(lines: list[str]) -> list[str]:
     problems = []
     for text in metadata.requires("hf-csm") or []:
         requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        extra = next((extra for extra in ("", *EXTRAS) if marker is None or marker.evaluate({"extra": extra})), None)
+        if extra is None:
             continue
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            problems.append(f"{requirement.name} is missing: pip install '{requirement}'")
+            if extra:
+                lines.append(f"  {requirement.name} is not installed (optional): pip install 'hf-csm[{extra}]'")
+            else:
+                problems.append(f"{requirement.name} is missing: pip install '{requirement}'")
             continue
         lines.append(f"  {requirement.name} {version}")
         if not requirement.specifier.contains(version, prereleases=True):
@@ -48,10 +54,12 @@ def _packages(lines: list[str]) -> list[str]:
 def _accelerator(lines: list[str]) -> list[str]:
     try:
         import torch
-    except Exception as error:  # a broken install fails in many ways
-        return [f"torch does not import ({error}): install it again"]
+    except Exception as error:  # a broken installation raises anything
+        return [f"torch cannot be imported ({error}): reinstall it"]
     if not torch.cuda.is_available():
-        lines.append("  no GPU: the demo and the tests run; Moshi 7B needs one with 24 GB (80 GB for long windows)")
+        lines.append(
+            "  no GPU: enough for the demo and the tests; Moshi 7B needs 24 GB of GPU memory (80 GB for long windows)"
+        )
         return []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)

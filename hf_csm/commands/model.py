@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_csm.errors import UserError
+from hf_csm.errors import UserError, require_extra
 
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ def _speak(
 
 
 def _serve(options: argparse.Namespace) -> None:
+    require_extra("serve", "hf-csm serve", "aiohttp", "prometheus_client", "sphn")
     from hf_csm.serving.server.run import ServeOptions, serve
 
     serve(ServeOptions(**{field.name: getattr(options, field.name) for field in fields(ServeOptions)}))

@@ -21,7 +21,7 @@ from hf_csm.data.audio import encode_flac, hash_samples, read_audio, resample, t
 from hf_csm.data.labels import emotion_id, intensity_id, map_label
 from hf_csm.data.schema import ALIGNMENT_SOURCES, PROSODY_COLUMNS, UTTERANCE_FEATURES
 from hf_csm.data.text import normalise_text, split_words
-from hf_csm.errors import UserError
+from hf_csm.errors import UserError, require_extra
 from hf_csm.prepare.align_ctc import load_ctc_aligner
 from hf_csm.prepare.align_energy import energy_align
 from hf_csm.prepare.archive import Member, list_members
@@ -59,6 +59,8 @@ class CorpusConfig(datasets.BuilderConfig):
         kinds = get_type_hints(type(self))
         for option in config_options(type(self)):
             setattr(self, option.name, _read_option(option.name, kinds[option.name], getattr(self, option.name)))
+        if self.prosody:
+            require_extra("prosody", "prosody", "swift_f0")
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
     def _prosody(self, samples: np.ndarray, words: list[dict[str, Any]]) -> dict[str, float | None]:
         if not self.config.prosody:
             return dict.fromkeys(PROSODY_COLUMNS)
-        from hf_csm.prepare.prosody import measure_prosody  # onnxruntime is not for everybody
+        from hf_csm.prepare.prosody import measure_prosody  # an optional dependency
 
         return measure_prosody(samples, SAMPLE_RATE, words)
 

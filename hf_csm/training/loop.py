@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import time
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from hf_csm.config import RunConfig
 from hf_csm.config_parser import dump_run_config
-from hf_csm.errors import UserError
+from hf_csm.errors import UserError, require_extra
 from hf_csm.mixture.collate import Batch, collate
 from hf_csm.mixture.loader import MixtureLoader, lay_out_row, validation_batches
 from hf_csm.mixture.provenance import corpora_of, count_windows, with_earlier, write_corpora
@@ -324,11 +323,7 @@ def train_step(
 
 def _build_accelerator(config: RunConfig, run_dir: Path) -> Accelerator:
     for tracker in config.training.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UserError(
-                f"training.trackers has {tracker}, which is not installed.",
-                f"Install it with `pip install {tracker}`, or take it off the list.",
-            )
+        require_extra("trackers" if tracker == "tensorboard" else tracker, "training.trackers", tracker)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         log_with=config.training.trackers or None,

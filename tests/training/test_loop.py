@@ -343,5 +343,5 @@ def test_trackers_get_the_metrics(run_config, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named(run_config):
-    with pytest.raises(UserError, match=r"wandb, which is not installed.\nInstall it with `pip install wandb`"):
+    with pytest.raises(UserError, match=r"training.trackers needs wandb\.\n.*'hf-csm\[wandb\]'"):
         train(run_config(training__trackers="[wandb]"), MOSHI)
