@@ -51,7 +51,7 @@ def commands(page):
 
 
 def check_corpus_options(corpus, arguments):
-    builder = next(builder for builder in all_builders() if builder.NAME == corpus)
+    builder = next(builder for builder in all_builders() if corpus == builder.NAME)
     known = {option.name for option in config_options(builder.BUILDER_CONFIG_CLASS)}
     assert set(corpus_options(arguments)) <= known
 
@@ -147,7 +147,7 @@ def test_options_exist(page):
     for code in inline_code(page):
         assert set(re.findall(r"(?<!\S)--[a-z][\w-]*", code)) <= known, f"{page.name}: {code}"
         name = code.partition(":")[0]
-        is_file = name.endswith((".safetensors", ".yaml"))
+        is_file = name.endswith((".safetensors", ".yaml", ".png"))
         if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", name) and name.split(".")[0] in groups and not is_file:
             assert name in keys, f"{page.name}: {name} is not an option"
 
