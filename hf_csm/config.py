@@ -212,6 +212,8 @@ class TrainingConfig:
     push_to_hub: Optional[str] = None
     """Hub repository `user/name` to push the adapter to after training (the best checkpoint if there are
     evaluations). Permissions and licenses are checked before the first step."""
+    push_merged: bool = False
+    """Push the base model with the adapter merged in, instead of the adapter alone."""
     hub_private: bool = False
     """Create the Hub repository as private. Adapters that may not be published can be pushed to a private one."""
 

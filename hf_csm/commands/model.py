@@ -31,6 +31,7 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("--revision", help="branch, tag or commit of the Hub repository (default: its main branch)")
     export.add_argument("--out", type=Path, required=True, help="folder to write")
     export.add_argument("--merged", action="store_true", help="write whole merged weights instead of the adapter")
+    _add_device(export)
 
     push = add_verb("push", _push, "Publish a checkpoint on the Hub: moshi serves it with one flag, PEFT loads it.")
     push.add_argument(
@@ -39,6 +40,7 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     push.add_argument("--repo-id", required=True, help="USER/NAME; made if it does not exist")
     push.add_argument("--merged", action="store_true", help="whole merged weights instead of the adapter")
     push.add_argument("--private", action="store_true", help="only you see the repository")
+    _add_device(push)
     push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: the main one)")
     push.add_argument("--checkpoint-revision", metavar="REVISION", help="of a checkpoint that is on the Hub")
     push.add_argument("--base-model", metavar="USER/NAME", help="repository of a base that was trained on as a folder")
@@ -70,6 +72,12 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--seconds", type=float, default=30.0, help="longest answer, from the question's end (default: 30)"
     )
     _add_serve(add_verb)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", help="where the result is verified, such as cuda or cpu (default: a GPU if there is one)"
+    )
 
 
 def _add_speaking(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +132,7 @@ def _add_serve(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
+    from hf_csm.models.moshi.checkpoint import choose_device
     from hf_csm.publish.push_model import push_model
 
     stated = dict(part.split("=", 1) for part in options.license_of if "=" in part)
@@ -139,6 +148,7 @@ def _push(options: argparse.Namespace) -> None:
         base_model=options.base_model,
         stated=stated,
         cleared=options.terms_allow,
+        device=choose_device(options.device),
     )
     print(f"{url} is complete. Serve it with:")
     if options.revision is None:
@@ -149,11 +159,18 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from hf_csm.models.moshi.checkpoint import choose_device
     from hf_csm.publish.export import export_checkpoint
 
-    folder = export_checkpoint(options.checkpoint, options.out, revision=options.revision, merged=options.merged)
-    how = "has the merged weights, as moshi takes them" if options.merged else "loads through moshi"
-    print(f"{folder} {how}, and agrees with the checkpoint. Serve it with:")
+    folder = export_checkpoint(
+        options.checkpoint,
+        options.out,
+        revision=options.revision,
+        merged=options.merged,
+        device=choose_device(options.device),
+    )
+    what = "the merged weights" if options.merged else "the adapter"
+    print(f"{folder} holds {what}, verified: moshi loads it, with the checkpoint's logits. Serve it with:")
     weights = "" if options.merged else f" --lora-weight {folder / 'lora.safetensors'}"
     print(f"python -m moshi.server --config-path {folder / 'config.json'}{weights}")
     print(f"or, with emotions: hf-csm serve {folder}")

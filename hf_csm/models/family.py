@@ -236,11 +236,12 @@ class Family:
         adapter_parameters: `(model)`: the weights that train, in a fixed order.
         adapter_disabled: `(model)`: a context in which the model is its base.
 
-        export_adapter: `(model, checkpoint, folder)`: write the adapter in the family's own format and check by names
-            and shapes that its loader takes every weight; `checkpoint` is the base.
-        verify_adapter: `(folder, model, checkpoint)`: load what `export_adapter` wrote through the family's own loader
-            and compare it with the trained model; returns the largest difference of two logits.
+        export_adapter: `(model_or_folder, checkpoint, folder)`: write the adapter in the family's own format and
+            check by names and shapes that its loader takes every weight; `checkpoint` is the base.
         merge_adapter: `(adapter_folder, checkpoint, folder)`: write the base with the adapter merged in, and check it.
+        verify_export: `(folder, adapter_folder, checkpoint, *, device, dtype=bfloat16)`: load an exported adapter or a
+            merged model through the family's own loader and compare it with the trained model, with one base in memory
+            at a time; returns the largest difference of two logits.
 
         split_adapter: `(checkpoint, name)`: the checkpoint of the base, and the `RuntimeAdapter` if there is one.
         is_same_base: `(checkpoint, other)`: whether two checkpoints have the same base weights.
@@ -271,8 +272,8 @@ class Family:
     adapter_disabled: Callable[[Any], AbstractContextManager[None]]
 
     export_adapter: Callable[[Any, Any, Path], None]
-    verify_adapter: Callable[[Path, Any, Any], float]
     merge_adapter: Callable[[Path, Any, Path], None]
+    verify_export: Callable[..., float]
 
     split_adapter: Callable[[Any, str], tuple[Any, RuntimeAdapter | None]]
     is_same_base: Callable[[Any, Any], bool]

@@ -1,8 +1,9 @@
-"""A trained adapter to a folder that serves, loaded back before it is in its place."""
+"""Export a trained adapter to a folder that serves, verified by loading it back."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,11 +12,11 @@ from hf_csm.files import replaced_folder
 from hf_csm.mixture.provenance import CORPORA_NAME, read_corpora
 from hf_csm.models.emotion_control import read_emotion_control, write_emotion_control
 from hf_csm.models.moshi.checkpoint import find_checkpoint
-from hf_csm.models.moshi.export import LORA_NAME, find_adapter, named_base, verify_native, write_native
-from hf_csm.models.moshi.lora import load_adapter, read_adapter, save_adapter
+from hf_csm.models.moshi.export import LORA_NAME, export_adapter, find_adapter, named_base
+from hf_csm.models.moshi.lora import read_adapter
 from hf_csm.models.moshi.merge import merge_adapter
-from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.pull import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, EMOTIONS_NAME, find_folder
+from hf_csm.models.moshi.verify import verify_export
 from hf_csm.publish.run_artifacts import RUN_FILES, SAMPLES_NAME, copy_run_files, run_folder
 
 
@@ -41,9 +42,10 @@ def export_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Export a trained adapter to a folder that serves, and load it back before returning it.
+    """Export a trained adapter to a folder that serves, and verify it by loading it back.
 
-    Merged weights are written and compared piece by piece, so that a model that fills the memory can be merged.
+    Merged weights are written piece by piece. The export is then loaded back and compared with the trained model; one
+    base model is in memory at a time.
 
     Args:
         checkpoint: `checkpoint_000500/`, whose `adapter/` holds the PEFT adapter and names the base model, a folder
@@ -52,7 +54,8 @@ def export_checkpoint(
             it knows (`emotions.json`), whose speech it learned from (`corpora.json`), the run's options, metrics and
             samples, as far as they are there.
         revision: of the Hub repository.
-        dtype: in which the trained model and its exported adapter are compared.
+        device: on which the trained model and its export are compared.
+        dtype: in which they are compared.
 
     Raises:
         UserError: a file is missing or cut short, or the base cannot be had, or `out` holds something else.
@@ -67,10 +70,12 @@ def export_checkpoint(
         if merged:
             merge_adapter(adapter, base, beside)
         else:
-            model = load_adapter(load_moshi(base, device=device, dtype=dtype), adapter)
-            save_adapter(model, beside)
-            write_native(model, base, beside)
-            verify_native(beside, model, base)
+            export_adapter(adapter, base, beside)
+        verify_export(beside, adapter, base, device=device, dtype=dtype)
+        if not merged:
+            config.base_model_name_or_path, config.revision = base.name_or_path, base.revision
+            config.save_pretrained(str(beside))
+            shutil.copyfile(adapter / ADAPTER_WEIGHTS_NAME, beside / ADAPTER_WEIGHTS_NAME)
         control = dataclasses.replace(control, base_model=base.name_or_path, base_revision=base.revision)
         write_emotion_control(control, beside)
         run_dir = run_folder(folder)

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from moshi.models import loaders
-from safetensors import safe_open
 
 from hf_csm.errors import UserError
 from hf_csm.hub import hub_errors
 from hf_csm.mixture.provenance import CORPORA_NAME, CorpusTerms, read_corpora
 from hf_csm.models.emotion_control import read_emotion_control, write_emotion_control
 from hf_csm.models.moshi.checkpoint import CONSOLIDATED_NAME, LORA_KEYS, find_checkpoint
-from hf_csm.models.moshi.export import LORA_NAME, PEFT_PREFIX, check_native_keys, named_base
+from hf_csm.models.moshi.export import LORA_NAME, check_adapter, named_base
 from hf_csm.models.moshi.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_adapter
-from hf_csm.models.moshi.merge import WEIGHTS_NAME, merge_adapter
+from hf_csm.models.moshi.merge import WEIGHTS_NAME, check_loadable, merge_adapter
 from hf_csm.models.moshi.pull import CONFIG_NAME, EMOTIONS_NAME, find_folder
+from hf_csm.models.moshi.verify import verify_export
 from hf_csm.publish.card import CARD_NAME, facts_of, write_card
 from hf_csm.publish.licenses import LICENCE_FILE, base_terms, check_card_values, check_licences, with_stated
 from hf_csm.publish.resolve_base import HubBase, find_base
@@ -76,6 +75,7 @@ def push_model(
     base_model: str | None = None,
     stated: Mapping[str, str] | None = None,
     cleared: Collection[str] = (),
+    device: torch.device | str = "cpu",
 ) -> str:
     """Upload a trained adapter with card, metrics and samples in one commit, and return its address.
 
@@ -92,7 +92,8 @@ def push_model(
         checkpoint_revision: branch, tag or commit of a `checkpoint` on the Hub.
         base_model: repository that has the same base model, where that was trained on as a local folder.
         stated: licence id of the Hub by corpus, for corpora whose licence nobody has stated.
-        cleared: corpora whose terms let such models be published, as the user knows who signed them.
+        cleared: corpora whose terms, which the user has signed, allow publishing such models.
+        device: on which the trained model and what is pushed are compared.
 
     Raises:
         UserError: a licence forbids it, nobody else could load it, a file is damaged, the repository holds something
@@ -105,7 +106,7 @@ def push_model(
     corpora = with_stated(_read_terms(run_folder(trained.folder)), stated or {})
     config = read_json(trained.native / CONFIG_NAME)
     if trained.adapter is not None:
-        check_adapter(trained)
+        check_adapter(trained.native, trained.adapter)
     base = find_base(api, config, trained.base, trained.base_revision, base_model, merged=is_merged)
     terms = base_terms(base.repo_id, base.license)
     check_licences(corpora, repo_id, private=private, cleared=cleared, base=terms)
@@ -115,7 +116,7 @@ def push_model(
         present = open_repository(api, target, partial(check_same_model, repo_id, base.repo_id, is_merged))
         check_may_write(api, target)  # before the work of merging
     with staging_folder(trained.folder) as folder:
-        _gather(trained, config, base, corpora, is_merged, folder)
+        _gather(trained, config, base, corpora, is_merged, folder, device)
         facts = facts_of(
             folder,
             repo_id,
@@ -157,36 +158,6 @@ def read_trained(checkpoint: Path) -> Trained:
 def _read_terms(run: Path) -> list[CorpusTerms]:
     """Return the corpora that a run was trained on; nothing for runs of before, which did not write them down."""
     return read_corpora(run) if (run / CORPORA_NAME).is_file() else []
-
-
-def check_adapter(trained: Trained) -> None:
-    """Check that moshi's files hold the weights of PEFT's, and all that moshi asks for.
-
-    Raises:
-        UserError: a file is missing, cut short, or of another adapter.
-    """
-    assert trained.adapter is not None
-    names, native = ("moshi_weights", "mimi_weights", "tokenizer"), trained.native
-    described = loaders.CheckpointInfo.from_hf_repo(
-        "",
-        config_path=native / CONFIG_NAME,
-        mimi_config_path=native / CONFIG_NAME,  # of Mimi nothing is asked
-        lora_weights=native / LORA_NAME,
-        **dict.fromkeys(names, Path()),
-    )
-    check_native_keys(native, described)
-    config, weights = read_adapter(trained.adapter)
-    own = read_json(native / CONFIG_NAME)
-    same = (own.get("lora_rank"), own.get("lora_scaling")) == (config.r, config.lora_alpha / config.r)
-    with safe_open(native / LORA_NAME, "pt") as file:
-        known = set(file.keys())
-        for name, weight in weights.items():
-            native_name = name.removeprefix(PEFT_PREFIX)
-            same = same and native_name in known and torch.equal(file.get_tensor(native_name), weight.float())
-    if not same:
-        raise UserError(
-            f"{native / LORA_NAME} is not the adapter that is in {trained.adapter}.", "Export the checkpoint again."
-        )
 
 
 def check_same_model(repo_id: str, base: str, merged: bool, api: HfApi, revision: str | None, names: set[str]) -> None:
@@ -275,10 +246,13 @@ def _gather(
     corpora: Sequence[CorpusTerms],
     merged: bool,
     folder: Path,
+    device: torch.device | str,
 ) -> None:
     """Put all but the card into `folder`, with names that mean something to everybody."""
+    trained_on = None if trained.adapter is None else find_checkpoint(trained.base, trained.base_revision)
     if not merged:
-        assert trained.adapter is not None
+        assert trained.adapter is not None and trained_on is not None
+        verify_export(trained.native, trained.adapter, trained_on, device=device)
         _link(trained.native / LORA_NAME, folder)
         _link(trained.adapter / ADAPTER_WEIGHTS_NAME, folder)
         peft_config = read_json(trained.adapter / ADAPTER_CONFIG_NAME)
@@ -286,10 +260,12 @@ def _gather(
         _write_json(peft_config | own, folder / ADAPTER_CONFIG_NAME)
         config = {**config, **base.names}
     else:
-        if trained.adapter is None:
+        if trained.adapter is None or trained_on is None:  # verified when it was exported
+            check_loadable(trained.folder / WEIGHTS_NAME, find_checkpoint(str(trained.folder)))
             _link(trained.folder / WEIGHTS_NAME, folder)
         else:
-            merge_adapter(trained.adapter, find_checkpoint(trained.base, trained.base_revision), folder)
+            merge_adapter(trained.adapter, trained_on, folder)
+            verify_export(folder, trained.adapter, trained_on, device=device)
         kept = {key: value for key, value in config.items() if key not in LORA_KEYS}
         config = {**kept, **base.names, "moshi_name": WEIGHTS_NAME}
     _write_json(config, folder / CONFIG_NAME)

@@ -10,6 +10,7 @@ from hf_csm.config import RunConfig
 from hf_csm.errors import UserError
 from hf_csm.hub import hub_errors
 from hf_csm.mixture.provenance import corpora_of, with_earlier
+from hf_csm.models.moshi.checkpoint import choose_device
 from hf_csm.models.moshi.pull import CONFIG_NAME, find_folder, weight_names
 from hf_csm.publish.licenses import base_terms, check_card_values, check_licences
 from hf_csm.publish.push_model import PATTERNS, check_same_model, push_model, read_json
@@ -25,7 +26,8 @@ def check_push(config: RunConfig) -> None:
         UserError: nobody is logged in, may not write there, the corpora forbid it, the base model is nobody else's, or
             the repository holds something else.
     """
-    repo_id, private = config.training.push_to_hub, config.training.hub_private
+    options = config.training
+    repo_id, private, merged = options.push_to_hub, options.hub_private, options.push_merged
     if repo_id is None:
         return
     api = log_in(repo_id, "ann/moshiko-happy")
@@ -35,7 +37,7 @@ def check_push(config: RunConfig) -> None:
             f"training.push_to_hub is {repo_id}, but the base model is the folder {name}, which nobody else has.",
             "Name its repository in moshi_paths.hf_repo_id, or push by hand with --base-model USER/NAME.",
         )
-    base = find_base(api, base_names(name, revision), name, revision, None)
+    base = find_base(api, base_names(name, revision), name, revision, None, merged=merged)
     corpora = corpora_of(config.dataset)
     wanted = config.resume_from_checkpoint
     resumed = find_checkpoint_to_resume(Path(config.run_dir), wanted) if wanted else None
@@ -52,7 +54,7 @@ def check_push(config: RunConfig) -> None:
         ) from error
     target = Target(repo_id, "model", PATTERNS, private)
     with hub_errors(f"{repo_id}: "):
-        open_repository(api, target, partial(check_same_model, repo_id, name, False))
+        open_repository(api, target, partial(check_same_model, repo_id, name, merged))
         check_may_write(api, target)
 
 
@@ -77,17 +79,17 @@ def push_run(config: RunConfig, checkpoint: Path) -> str | None:
     Raises:
         UserError: the push failed; the remedy is the command that tries again.
     """
-    repo_id, private = config.training.push_to_hub, config.training.hub_private
+    options = config.training
+    repo_id, private, merged = options.push_to_hub, options.hub_private, options.push_merged
     if repo_id is None:
         return None
     best = Path(config.run_dir, "best")
     chosen = best if best.is_dir() else checkpoint
     try:
-        return push_model(chosen, repo_id, private=private)
+        return push_model(chosen, repo_id, merged=merged, private=private, device=choose_device())
     except UserError as error:
-        command = shlex.join(
-            ["hf-csm", "push", str(chosen), "--repo-id", repo_id, *(["--private"] if private else [])]
-        )
+        flags = [*(["--merged"] if merged else []), *(["--private"] if private else [])]
+        command = shlex.join(["hf-csm", "push", str(chosen), "--repo-id", repo_id, *flags])
         raise UserError(
             f"The run is done and {chosen} is whole, but it was not pushed: {error.problem}",
             f"Push it by hand: {command} ({error.remedy})",

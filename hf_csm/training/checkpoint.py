@@ -127,7 +127,7 @@ def options_of(config: RunConfig) -> dict[str, object]:
     flat: dict[str, object] = {"seed": tree["seed"]}
     for group in ("moshi_paths", "dataset", "lora", "loss", "training", "optimizer", "scheduler"):
         flat |= {f"{group}.{name}": value for name, value in tree[group].items()}
-    reporting = ("trackers", "eval_every", "eval_windows", "log_every", "push_to_hub", "hub_private")
+    reporting = ("trackers", "eval_every", "eval_windows", "log_every", "push_to_hub", "push_merged", "hub_private")
     for name in (*reporting, "save_every", "keep_checkpoints"):
         del flat[f"training.{name}"]
     return flat

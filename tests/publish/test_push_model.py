@@ -299,7 +299,7 @@ def empty(checkpoint):
     "damage, problem",
     [
         (lose_weights, "missing, damaged or cut short"),
-        (swap_weights, "is not the adapter that is in"),
+        (swap_weights, "is not the adapter in"),
         (cut_adapter, "damaged or cut short"),
         (empty, "neither a checkpoint"),
     ],

@@ -15,6 +15,7 @@ from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.publish import push_run as module
 from hf_csm.publish.push_model import push_model
 from hf_csm.publish.push_run import check_push, push_run
+from hf_csm.training.checkpoint import options_of
 
 
 BASE = "kyutai/tiny"
@@ -22,12 +23,12 @@ BASE = "kyutai/tiny"
 
 @pytest.fixture
 def config(run, codes):
-    def make(repo_id="user/happy", private=False, base=BASE, table=codes, replay=None):
+    def make(repo_id="user/happy", private=False, base=BASE, table=codes, replay=None, merged=False):
         return RunConfig(
             run_dir=str(run),
             moshi_paths=MoshiPaths(hf_repo_id=str(base)),
             dataset=DatasetConfig(sources=[Source(str(table))], replay=replay and Replay(str(replay), 0.5)),
-            training=TrainingConfig(push_to_hub=repo_id, hub_private=private),
+            training=TrainingConfig(push_to_hub=repo_id, push_merged=merged, hub_private=private),
         )
 
     return make
@@ -50,6 +51,19 @@ def test_what_was_checked_is_pushed_from_the_best_checkpoint(hub, base_on_hub, c
     emotions = HfApi().hf_hub_download("user/happy", "emotions.json")
     assert json.loads(Path(emotions).read_text())["step"] == 10
     check_push(config())  # the next run goes to the same place
+
+
+def test_what_is_pushed_does_not_shape_the_trajectory(config):
+    assert options_of(config("user/other", True, merged=True)) == options_of(config(None))
+
+
+def test_merged_weights_are_pushed_when_asked_for(hub, base_on_hub, config, run):
+    check_push(config(merged=True))
+    push_run(config(merged=True), run / "checkpoint_000010")
+    files = HfApi().list_repo_files("user/happy")
+    assert "model.safetensors" in files and "lora.safetensors" not in files
+    with pytest.raises(UserError, match="holds a merged model"):
+        check_push(config())
 
 
 def test_without_evaluations_the_last_checkpoint_is_pushed(hub, base_on_hub, config, run):
@@ -177,15 +191,15 @@ def test_a_repository_with_something_else_stops_the_run(hub, base_on_hub, config
         check_push(config())
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_a_push_that_fails_names_the_command_and_loses_nothing(hub, base_on_hub, config, run, private):
+@pytest.mark.parametrize("flags", [[], ["private"], ["merged", "private"]])
+def test_a_push_that_fails_gives_the_command_and_changes_nothing(hub, base_on_hub, config, run, flags):
     before = sorted(run.rglob("*"))
     hub.fail_after(0)
     with pytest.raises(UserError) as error:
-        push_run(config(private=private), run / "checkpoint_000010")
-    assert f"The run is done and {run}/best is whole" in error.value.problem
-    command = f"hf-csm push {run}/best --repo-id user/happy{' --private' if private else ''} ("
-    assert command in error.value.remedy and "\n" not in error.value.problem + error.value.remedy
+        push_run(config(**dict.fromkeys(flags, True)), run / "checkpoint_000010")
+    assert f"{run}/best" in error.value.problem
+    command = " ".join([f"hf-csm push {run}/best --repo-id user/happy", *(f"--{flag}" for flag in flags)])
+    assert f"{command} (" in error.value.remedy and "\n" not in error.value.problem + error.value.remedy
     assert sorted(run.rglob("*")) == before
 
 

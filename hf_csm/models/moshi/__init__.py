@@ -4,12 +4,13 @@ from hf_csm.models.family import Family
 from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, is_same_base, load_tokenizer, split_adapter
 from hf_csm.models.moshi.codec import load_codec
 from hf_csm.models.moshi.engine import open_engine
-from hf_csm.models.moshi.export import export_adapter, verify_native
+from hf_csm.models.moshi.export import export_adapter
 from hf_csm.models.moshi.layout import STREAM_NAMES, lay_out, stream_masks, stream_weights
 from hf_csm.models.moshi.lora import adapter_disabled, adapter_parameters, add_lora, load_adapter, save_adapter
 from hf_csm.models.moshi.merge import merge_adapter
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.tiny import write_tiny_moshi
+from hf_csm.models.moshi.verify import verify_export
 
 
 MOSHI = Family(
@@ -29,8 +30,8 @@ MOSHI = Family(
     adapter_parameters=adapter_parameters,
     adapter_disabled=adapter_disabled,
     export_adapter=export_adapter,
-    verify_adapter=verify_native,
     merge_adapter=merge_adapter,
+    verify_export=verify_export,
     split_adapter=split_adapter,
     is_same_base=is_same_base,
     open_engine=open_engine,

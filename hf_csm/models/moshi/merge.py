@@ -27,11 +27,9 @@ from hf_csm.models.moshi.export import (
     PEFT_PREFIX,
     ExportError,
     checkpoint_name,
-    compare_logits,
     serving_config,
 )
-from hf_csm.models.moshi.lora import adapter_state, lora_config, native_lm, read_adapter
-from hf_csm.models.moshi.model import MoshiLM
+from hf_csm.models.moshi.lora import read_adapter
 
 
 WEIGHTS_NAME = "model.safetensors"
@@ -79,21 +77,6 @@ class Update:
     scaling: float
 
 
-def export_merged(model: MoshiLM, checkpoint: MoshiCheckpoint, out: Path) -> Path:
-    """Write the merged weights and their config.json to the folder `out`, replacing what is there, and check them.
-
-    Args:
-        checkpoint: the base model; its Mimi and tokenizer are named, not copied.
-
-    Raises:
-        ExportError: what moshi loads from `out` is not the trained model.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    _write(lora_config(model), adapter_state(model), checkpoint, out)
-    verify_merged(out, model, checkpoint)
-    return out
-
-
 def merge_adapter(adapter: Path, checkpoint: MoshiCheckpoint, folder: Path) -> None:
     """Write the merged weights and their config.json to `folder` without loading a model.
 
@@ -128,33 +111,6 @@ def check_loadable(path: Path, checkpoint: MoshiCheckpoint) -> None:
         )
     except (RuntimeError, TypeError) as error:
         raise ExportError(f"moshi does not take {path}: {' '.join(str(error).split())[:300]}") from error
-
-
-def verify_merged(folder: Path, model: MoshiLM, checkpoint: MoshiCheckpoint) -> float:
-    """Load the merged weights in `folder` through moshi and compare them with the trained `model`.
-
-    Returns:
-        The largest difference of two logits, in standard deviations of all logits: what rounding costs.
-
-    Raises:
-        ExportError: a weight is not the merged one rounded once, or the logits differ by more than rounding explains.
-    """
-    check_merged(folder / WEIGHTS_NAME, lora_config(model), adapter_state(model), checkpoint)
-    found = loaders.CheckpointInfo.from_hf_repo(
-        checkpoint.name_or_path,
-        moshi_weights=folder / WEIGHTS_NAME,
-        config_path=folder / CONFIG_NAME,
-        revision=checkpoint.revision,
-    )
-    lm = native_lm(model)
-    loaded = found.get_moshi(device=lm.device, dtype=lm.dtype)
-    return compare_logits(loaded, model, str(folder / WEIGHTS_NAME), dtype=weights_dtype(checkpoint))
-
-
-def weights_dtype(checkpoint: MoshiCheckpoint) -> torch.dtype:
-    """Return the dtype of the language model's weights in the files of `checkpoint`."""
-    with safe_open(checkpoint.moshi_weights, "pt") as file:
-        return file.get_tensor("text_emb.weight").dtype
 
 
 def check_merged(

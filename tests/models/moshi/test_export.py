@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from hf_csm.models.moshi.export import (
     check_native_keys,
     export_native,
     serving_config,
-    verify_native,
 )
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora, linear_paths, save_adapter
+from hf_csm.models.moshi.merge import merge_adapter
 from hf_csm.models.moshi.model import load_moshi
+from hf_csm.models.moshi.verify import verify_export
 from tests.doubles.hub import LocalHub
 
 
@@ -40,6 +43,13 @@ def model(base):
     return trained(base)
 
 
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    save_adapter(model, folder)
+    return folder
+
+
 @pytest.fixture
 def exported(model, base, tmp_path):
     return export_native(model, base, tmp_path / "native")
@@ -49,13 +59,32 @@ def exported(model, base, tmp_path):
 def test_what_moshi_loads_is_the_trained_model(base, tmp_path, names):
     model = trained(base, names)
     folder = export_native(model, base, tmp_path / "native")
-    assert verify_native(folder, model, base) < 1e-4
+    save_adapter(model, tmp_path / "adapter")
+    assert verify_export(folder, tmp_path / "adapter", base, dtype=torch.float32) < 1e-4
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lora.safetensors"]
 
 
-def test_in_bfloat16_only_rounding_differs(base, tmp_path):
-    model = trained(base, dtype=torch.bfloat16)
-    assert 0 < verify_native(export_native(model, base, tmp_path / "native"), model, base) < 0.2
+def test_in_bfloat16_only_rounding_differs(exported, adapter, base):
+    assert 0 < verify_export(exported, adapter, base) < 0.2
+
+
+def test_one_base_model_is_in_memory_at_a_time(exported, adapter, base, tmp_path, monkeypatch):
+    merge_adapter(adapter, base, tmp_path)
+    loaded, alive = weakref.WeakSet(), []
+    load = loaders.get_moshi_lm
+
+    def count(filename, *arguments, **more):
+        alive.append(len(loaded))
+        lm = load(filename, *arguments, **more)
+        if filename is not None:
+            loaded.add(lm)
+        return lm
+
+    gc.collect()
+    monkeypatch.setattr(loaders, "get_moshi_lm", count)
+    verify_export(exported, adapter, base)
+    verify_export(tmp_path, adapter, base)
+    assert len(alive) >= 4 and not any(alive) and not loaded
 
 
 def test_every_linear_layer_has_weights_and_the_untouched_ones_are_zero(base, tmp_path):
@@ -125,23 +154,23 @@ def test_weights_that_moshi_could_not_load_are_an_error(exported, base, damage, 
     assert complaint in str(error.value)
 
 
-def test_a_weight_off_by_little_is_an_error_that_says_by_how_much(exported, model, base):
+def test_a_weight_off_by_little_is_an_error_that_says_by_how_much(exported, adapter, base):
     state = load_file(exported / "lora.safetensors")
     state["transformer.layers.0.gating.linear_in.lora_A.weight"][0, 0] += 0.25
     save_file(state, exported / "lora.safetensors")
     check_native_keys(exported, base)
     with pytest.raises(ExportError, match=r"linear_in\.lora_A.* by up to 0\.25"):
-        verify_native(exported, model, base)
+        verify_export(exported, adapter, base)
 
 
-def test_another_scaling_is_an_error(exported, model, base):
+def test_another_scaling_is_an_error(exported, adapter, base):
     config = json.loads((exported / "config.json").read_text())
     (exported / "config.json").write_text(json.dumps({**config, "lora_scaling": 1.0}))
     with pytest.raises(ExportError, match="scaling"):
-        verify_native(exported, model, base)
+        verify_export(exported, adapter, base)
 
 
-def test_another_base_is_an_error_that_says_how_far_off_the_logits_are(exported, model, base, tiny_moshi, tmp_path):
+def test_another_base_is_an_error_that_says_how_far_off_the_logits_are(exported, adapter, base, tiny_moshi, tmp_path):
     weights = load_file(tiny_moshi / "model.safetensors")
     weights["text_linear.weight"] = weights["text_linear.weight"] * 1.5
     save_file(weights, tmp_path / "other.safetensors")
@@ -149,7 +178,7 @@ def test_another_base_is_an_error_that_says_how_far_off_the_logits_are(exported,
     moved = {**config, "moshi_name": f"file://{tmp_path}/other.safetensors"}
     (exported / "config.json").write_text(json.dumps(moved))
     with pytest.raises(ExportError, match="off by up to"):
-        verify_native(exported, model, base)
+        verify_export(exported, adapter, base)
 
 
 @pytest.mark.parametrize("name", ["config.json", "lora.safetensors"])

@@ -13,9 +13,10 @@ from hf_csm.errors import UserError
 from hf_csm.models.moshi import merge
 from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.models.moshi.export import ExportError
-from hf_csm.models.moshi.lora import adapter_parameters, add_lora, merged, save_adapter
-from hf_csm.models.moshi.merge import check_loadable, export_merged, merge_adapter, verify_merged
+from hf_csm.models.moshi.lora import adapter_parameters, add_lora, merged, read_adapter, save_adapter
+from hf_csm.models.moshi.merge import check_loadable, check_merged, merge_adapter
 from hf_csm.models.moshi.model import load_moshi
+from hf_csm.models.moshi.verify import verify_export
 from hf_csm.publish.export import export_checkpoint
 
 
@@ -32,8 +33,23 @@ def model(base):
     return model.eval()
 
 
-def test_merged_weights_have_the_bases_names_shapes_and_dtype_and_load_as_a_base(model, base, tiny_moshi, tmp_path):
-    out = export_merged(model, base, tmp_path / "merged")
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture
+def out(adapter, base, tmp_path):
+    """A folder with the merged weights."""
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    merge_adapter(adapter, base, folder)
+    return folder
+
+
+def test_merged_weights_have_the_bases_names_shapes_and_dtype_and_load_as_a_base(model, out, tiny_moshi):
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     old, new = load_file(tiny_moshi / "model.safetensors"), load_file(out / "model.safetensors")
     assert {name: (w.shape, w.dtype) for name, w in new.items()} == {
@@ -47,40 +63,32 @@ def test_merged_weights_have_the_bases_names_shapes_and_dtype_and_load_as_a_base
         assert torch.equal(again.lm.state_dict()[name], weight.bfloat16().float())
 
 
-def test_moshis_loader_reads_it_and_logits_are_those_of_the_trained_model_up_to_rounding(model, base, tmp_path):
-    out = export_merged(model, base, tmp_path / "merged")
-    assert 0 < verify_merged(out, model, base) < 0.1
+def test_logits_of_merged_weights_are_those_of_the_trained_model_up_to_rounding(out, adapter, base):
+    assert 0 < verify_export(out, adapter, base, dtype=torch.float32) < 0.1
     found = loaders.CheckpointInfo.from_hf_repo(
         "user/merged", moshi_weights=out / "model.safetensors", config_path=out / "config.json"
     )
     assert found.get_moshi().dtype == torch.bfloat16
 
 
-def test_a_weight_that_is_not_the_merged_one_is_an_error(model, base, tmp_path):
-    out = export_merged(model, base, tmp_path / "merged")
+def test_a_weight_that_is_not_the_merged_one_is_an_error(out, adapter, base):
     weights = load_file(out / "model.safetensors")
-    weights["linears.3.weight"][0, 0] += 0.5
+    weights["text_linear.weight"] *= 1.5
     save_file(weights, out / "model.safetensors")
-    with pytest.raises(ExportError, match=r"linears\.3\.weight is not the merged weight"):
-        verify_merged(out, model, base)
+    with pytest.raises(ExportError, match=r"text_linear\.weight is not the merged weight"):
+        check_merged(out / "model.safetensors", *read_adapter(adapter), base)
+    with pytest.raises(ExportError, match="off by up to"):
+        verify_export(out, adapter, base)
 
 
-def test_a_checkpoint_exports_merged(model, base, tmp_path):
-    save_adapter(model, tmp_path / "checkpoint" / "adapter")
-    out = export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", merged=True)
-    direct = export_merged(model, base, tmp_path / "direct")
-    assert (out / "model.safetensors").read_bytes() == (direct / "model.safetensors").read_bytes()
+def test_a_checkpoint_exports_merged(out, adapter, tmp_path):
+    exported = export_checkpoint(adapter, tmp_path / "out", merged=True)
+    assert (exported / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
-def test_merging_loads_no_model(model, tmp_path, monkeypatch):
-    save_adapter(model, tmp_path / "checkpoint" / "adapter")
-
-    def refuse(*arguments, **more):
-        raise AssertionError("a whole model was loaded")
-
-    monkeypatch.setattr("hf_csm.publish.export.load_moshi", refuse)
-    monkeypatch.setattr(loaders.CheckpointInfo, "get_moshi", refuse)
-    export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", merged=True)
+def test_merging_loads_no_model(adapter, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders.CheckpointInfo, "get_moshi", lambda *arguments, **more: pytest.fail("loaded"))
+    merge_adapter(adapter, base, tmp_path)
 
 
 def test_weights_that_moshi_does_not_take_are_an_error(model, base, tmp_path):
@@ -118,12 +126,14 @@ def test_merging_piece_by_piece_gives_the_merged_weights(model, base, tmp_path, 
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_base_with_fused_projections_is_merged_as_moshi_splits_it(model, base, tiny_moshi, tmp_path):
+def test_a_base_with_fused_projections_is_merged_as_moshi_splits_it(model, adapter, base, tiny_moshi, tmp_path):
     weights = tmp_path / "fused.safetensors"
     save_file(fused(load_file(tiny_moshi / "model.safetensors")), weights)
     assert "depformer.layers.0.self_attn.in_proj_weight" in load_file(weights)
     base = replace(base, moshi_weights=weights)
-    out = export_merged(model, base, tmp_path / "merged")
+    out = tmp_path / "merged"
+    out.mkdir()
+    merge_adapter(adapter, base, out)
     check_loadable(out / "model.safetensors", base)
     found = loaders.CheckpointInfo.from_hf_repo(
         "user/merged", moshi_weights=out / "model.safetensors", config_path=out / "config.json"
@@ -185,7 +195,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 import hf_csm.models.moshi.merge as merge
-from hf_csm import cli
+from hf_csm.models.moshi.checkpoint import find_checkpoint
 
 folder, tiny, width, num_layers = Path(sys.argv[1]), sys.argv[2], 8192, 16
 header, offset = {}, 0
@@ -221,8 +231,8 @@ def peak_bytes():  # not getrusage, which counts what the parent had when it sta
 
 
 before = peak_bytes()
-status = cli.main(["export", str(folder / "adapter"), "--merged", "--out", str(folder / "out")])
-assert status == 0
+(folder / "out").mkdir()
+merge.merge_adapter(folder / "adapter", find_checkpoint(str(folder / "base")), folder / "out")
 size = (folder / "out" / "model.safetensors").stat().st_size
 print(json.dumps({"before": before, "peak": peak_bytes(), "size": size}))
 """
