@@ -220,13 +220,13 @@ def results_table(lines: list[dict]) -> str:
 
 def samples_table(samples: list[Sample]) -> str:
     """Return what can be counted in the generated clips."""
-    rows = ["| voice | emotion | text padding | different semantic codes |", "| --- | --- | ---: | ---: |"]
+    rows = ["| model | emotion | text padding | different semantic codes |", "| --- | --- | ---: | ---: |"]
     for sample in samples:
         rows.append(
-            f"| {sample.voice} | {sample.emotion} | {sample.padding_share:.0%} | {sample.num_semantic_codes} |"
+            f"| {sample.model} | {sample.emotion} | {sample.padding_share:.0%} | {sample.num_semantic_codes} |"
         )
     note = (
-        "A clip with a single semantic code is the same sound in every frame: the voice says nothing. The decoder of "
+        "A clip with a single semantic code is the same sound in every frame: the model is silent. The decoder of "
         "the tiny codec is random, so the clips are noise to the ear whatever their codes."
     )
     return "\n".join([*rows, "", note])

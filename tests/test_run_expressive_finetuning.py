@@ -73,7 +73,7 @@ def test_raw_corpora_become_an_adapter_and_a_second_run_skips_what_is_done(confi
     assert {path.name for path in (run_dir / "export").iterdir()} >= {"lora.safetensors", "config.json"}
     assert (run_dir / "mixture.png").read_bytes()[:4] == b"\x89PNG"
     samples = [json.loads(line) for line in (run_dir / "samples" / "samples.jsonl").read_text().splitlines()]
-    assert {(sample["voice"], sample["emotion"]) for sample in samples} >= {("trained", "happy"), ("base", "sad")}
+    assert {(sample["model"], sample["emotion"]) for sample in samples} >= {("trained", "happy"), ("base", "sad")}
 
     made = (run_dir / "export").stat().st_mtime_ns
     again = run(*command)

@@ -23,6 +23,8 @@ _LEAST_PLACEHOLDER = 0x7FFFF000
 """Sizes from here on are what programs write in a RIFF whose end they cannot know yet: 2 or 4 GiB, or nearly."""
 _HIGHEST_PEAK = 8.0
 """Of float samples, whose full scale is 1. What is louder was never scaled: int16 numbers stored as floats."""
+ROOM_TONE_DB = -60.0
+"""Level of a silent user's channel at inference, inside the range of training, which has no digital silence."""
 
 
 def read_audio(source: bytes | str | Path, name: str | None = None) -> tuple[np.ndarray, int, int]:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from hf_csm.data.audio import read_audio, resample, room_tone
+from hf_csm.data.audio import ROOM_TONE_DB, read_audio, resample, room_tone
 from hf_csm.data.text import normalise_text, split_words
 from hf_csm.errors import UserError
-from hf_csm.evaluation.generate import ROOM_TONE_DB
 from hf_csm.models.family import Frame
 from hf_csm.models.moshi.forced_text import WORD_START, Script, words_in
 from hf_csm.serving.loaded import Speaker, Voice, check_strength, explain_failure

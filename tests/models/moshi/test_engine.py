@@ -7,6 +7,7 @@ from moshi.models.lm import LMGen
 
 from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi
 from hf_csm.models.moshi.engine import Engine
+from hf_csm.models.moshi.model import MoshiLM
 from hf_csm.units import SAMPLES_PER_FRAME
 
 
@@ -78,6 +79,16 @@ def tokens_of(said):
     return np.stack([np.concatenate([[frame.text_token], frame.codes]) for frame in said])
 
 
+def streams_of(engine, frames, said):
+    """Return the streams `[1, K, T + 1]` of a conversation as training lays them out, and T."""
+    tokens = torch.from_numpy(tokens_of(said)).T
+    audio = torch.from_numpy(np.concatenate(frames[1:]))  # the first frame only starts the model
+    engine.close()  # a streaming model cannot be called on a whole window
+    user = engine.mimi.encode(audio[None, None])[0, :8, : tokens.shape[1]]
+    codes = torch.cat([tokens, user])[None]
+    return torch.nn.functional.pad(codes, (0, 1), value=-1), tokens.shape[1]
+
+
 def test_one_slot_gives_the_servers_tokens_and_audio(lm, mimi, make_engine):
     expected_tokens, expected_audio = server_loop(lm, mimi, speech(0), seed=7)
     engine = make_engine()
@@ -114,7 +125,7 @@ def test_a_seed_for_one_of_several_slots_is_refused(make_engine):
         make_engine(num_slots=2).reset(0, seed=3)
 
 
-def test_slots_go_at_their_own_pace_and_know_nothing_of_each_other(lm, mimi, make_engine):
+def test_slots_are_independent_and_go_at_their_own_pace(lm, mimi, make_engine):
     """Three conversations, begun, paused and begun again at different times, are those that each would be alone."""
     alone = []
     for seed in range(4):
@@ -169,7 +180,7 @@ def test_forced_text_stands_where_it_was_queued(make_engine):
     assert 303 not in [frame.text_token for frame in talk(engine, 1, speech(1, 8))]
 
 
-def test_frames_say_which_text_was_forced(make_engine):
+def test_frames_of_forced_text_are_marked(make_engine):
     engine = make_engine(num_slots=2)
     for begun_at in (0, 3):  # a new conversation is as exact as the first
         engine.reset(0)
@@ -220,6 +231,43 @@ def test_the_models_are_free_after_close(lm, mimi, make_engine):
     assert not mimi.is_streaming
     assert not lm.is_streaming
     make_engine()
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_teacher_forced_model(lm, make_engine):
+    """Generation and training agree on which frame is which: prefix, delays and the user's audio included."""
+    engine = make_engine(use_sampling=False)
+    engine.force_text(0, [300, 301])
+    frames = speech(0, 16)
+    codes, num_frames = streams_of(engine, frames, talk(engine, 0, frames))
+    with torch.no_grad():
+        output = lm(codes)
+    assert torch.equal(output.text_logits[0, 0, 2:num_frames].argmax(-1), codes[0, 0, 2:num_frames])
+    # The delayed codebooks of the last frame depend on a text token that is not out yet.
+    last = num_frames - 1
+    assert torch.equal(output.logits[0, :, :last].argmax(-1), codes[0, 1:9, :last])
+    assert output.logits[0, 0, last].argmax(-1) == codes[0, 1, last]
+
+
+def test_generated_codes_are_likelier_than_others(lm, make_engine):
+    engine = make_engine(temperature=0.3, text_temperature=0.3)
+    engine.reset(0, seed=0)
+    frames = speech(0, 16)
+    codes, num_frames = streams_of(engine, frames, talk(engine, 0, frames))
+    shuffled = codes.clone()
+    shuffled[:, 1:9, :num_frames] = codes[:, 1:9, :num_frames].roll(3, dims=-1)
+    with torch.no_grad():
+        scores = [MoshiLM(lm)(c).nll.mean() for c in (codes, shuffled)]
+    assert scores[0] < scores[1]
+
+
+def test_the_users_first_frame_after_the_start_changes_the_next(make_engine):
+    engine = make_engine(use_sampling=False)
+    said = []
+    for first in (speech(0)[1], speech(3)[1]):
+        engine.reset(0)
+        said.append(tokens_of(talk(engine, 0, [speech(4)[0], first, *speech(5, 8)])))
+    assert not np.array_equal(said[0][:, 2:], said[1][:, 2:])
+    assert np.array_equal(said[0][0, :2], said[1][0, :2])  # predicted before it
 
 
 def test_padding_is_named(make_engine):
