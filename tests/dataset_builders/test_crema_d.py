@@ -46,13 +46,12 @@ def touch(folder, *names, **tables):
 
 @pytest.fixture(scope="module")
 def whole_grid(tmp_path_factory):
-    """Return the listing of every name of the corpus, with all its tables, from a zip of empty files."""
+    """Return the listing of every name of the corpus, with its votes, from a zip of empty files."""
     path = tmp_path_factory.mktemp("grid") / "CREMA-D-master.zip"
     names = list(clip_names())
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             archive.writestr(f"CREMA-D-master/AudioWAV/{name}.wav", b"")
-        archive.writestr("CREMA-D-master/VideoDemographics.csv", demographics_csv())
         archive.writestr("CREMA-D-master/processedResults/summaryTable.csv", summary_csv(names))
         archive.writestr("CREMA-D-master/processedResults/tabulatedVotes.csv", votes_csv(names))
     return listing(path)
