@@ -1,4 +1,4 @@
-"""An MSP-Podcast of synthetic clips: names, folders, tables and known defects of a release, at any size.
+"""MSP-Podcast with synthetic clips: file names, folders, tables and known defects of its releases, at any size.
 
     from tests.doubles.msp_podcast import write_msp_podcast
     write_msp_podcast("raw", num_clips=500, release="2.0")      # raw/Audios, raw/Labels, raw/Transcripts, ...
@@ -12,12 +12,10 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,55 +26,44 @@ from hf_csm.testing.synthesizer import synthesize
 
 
 Release = Literal["1.6", "1.8", "1.11", "2.0"]
+Rating = tuple[str, str, int, int, int]
 
-
-@dataclass(frozen=True)
-class Emotion:
-    """A class of the corpus: clips in release 1.8, what raters call it, mean attributes, style of the synthesizer.
-
-    `attributes` are arousal, valence and dominance, 1 to 7.
-    """
-
-    num_clips: int
-    rating: str
-    attributes: tuple[float, float, float]
-    style: str
-
-
-EMOTIONS = {
-    "N": Emotion(26_009, "Neutral", (3.8, 4.0, 4.0), "neutral"),
-    "H": Emotion(14_285, "Happy", (4.9, 5.4, 4.7), "happy"),
-    "X": Emotion(14_199, "", (4.2, 3.9, 4.1), "calm"),
-    "U": Emotion(4_084, "Surprise", (5.0, 4.3, 4.4), "surprised"),
-    "C": Emotion(3_644, "Contempt", (4.0, 2.9, 4.4), "disgust"),
-    "A": Emotion(3_218, "Angry", (5.5, 2.4, 5.2), "angry"),
-    "S": Emotion(2_649, "Sad", (3.0, 2.5, 3.2), "sad"),
-    "D": Emotion(2_593, "Disgust", (4.0, 2.7, 4.2), "disgust"),
-    "F": Emotion(1_544, "Fear", (4.5, 2.9, 3.4), "fearful"),
-    "O": Emotion(817, "Other-confused, or amused", (4.0, 3.8, 4.0), "calm"),
+RATED_AS = {
+    **{"N": "Neutral", "H": "Happy", "X": "", "U": "Surprise", "C": "Contempt", "A": "Angry", "S": "Sad"},
+    **{"D": "Disgust", "F": "Fear", "O": "Other-confused, or amused"},
 }
-PARTITIONS = {"Train": 0.62, "Development": 0.12, "Test1": 0.19, "Test2": 0.07}
-"""Share of the clips, and of the speakers."""
-
-# Places of the defects in the table.
-RATED_TWICE, RATING_MISSING, STEREO, CROSSING, WITHOUT_AUDIO, WITHOUT_TEXT, UNKNOWN_WORD = 1, 2, 3, 4, 8, 9, 10
-UNKNOWN_SPEAKER_EVERY = 6
-FEWEST_FOR_FAULTS = 300
-"""With fewer clips, one without its audio or transcript would be more than a builder takes."""
-
-_WORDS = (
-    "so we were talking about the weather and then somebody came in to say that it is not going to rain today but "
-    "I do not believe any of it because yesterday they told us the same thing well-known people really said"
-)
+"""The classes, and their names in single ratings; X is no agreement."""
+_STYLES = {"N": "neutral", "H": "happy", "U": "surprised", "A": "angry", "S": "sad", "D": "disgust", "F": "fearful"}
+_SHARES = {"Train": 0.62, "Development": 0.12, "Test1": 0.19, "Test2": 0.07}
+_WORDS = [
+    "so",
+    "we",
+    "were",
+    "talking",
+    "about",
+    "the",
+    "weather",
+    "and",
+    "then",
+    "somebody",
+    "came",
+    "in",
+    "because",
+    "well-known",
+    "people",
+    "really",
+    "said",
+]
 _S_PER_CHARACTER = 0.077  # of the synthesizer
 _QUIET_S = (0.1, 0.4)
-_CLIPS_OF_PODCAST = 40
-_FEWEST_FOR_PROCESSES = 200
+
+# Places of the defects in the table.
+RATED_TWICE, RATING_MISSING, STEREO, CROSSING, UNKNOWN_WORD, UNKNOWN_SPEAKER_EVERY = 1, 2, 3, 4, 10, 6
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip before its sound is made. A rating is rater, class ("" if it is missing), and three attributes."""
+    """A clip without its audio. A rating is rater, class ("" if it is missing), and three attributes from 1 to 7."""
 
     name: str
     text: str
@@ -84,8 +71,7 @@ class Clip:
     partition: str
     speaker: int
     is_known: bool
-    ratings: tuple[tuple[str, str, int, int, int], ...]
-    seed: tuple[int, int]
+    ratings: tuple[Rating, ...]
 
 
 def write_msp_podcast(
@@ -96,90 +82,72 @@ def write_msp_podcast(
     num_speakers: int = 20,
     duration_s: tuple[float, float] = (2.75, 8.0),
     nested: bool = False,
-    transcripts: bool = True,
-    textgrids: bool = True,
     zipped_text: bool = False,
     defects: bool = True,
-    seed: int = 0,
 ) -> Path:
     """Write a corpus and return `folder`.
 
     Args:
         folder: is made.
         num_clips: rows of the consensus table.
-        release: decides spellings, partition names and the columns of single ratings.
-        num_speakers: known ones, at least four; each is of one partition.
-        duration_s: about the shortest and the longest clip.
-        nested: folders in folders of the same name, as 2.0 unpacks.
-        transcripts: write them; releases before 1.11 come without.
-        textgrids: write word times of forced alignment; releases before 1.11 come without.
+        release: determines spellings, partition names and the columns of single ratings.
+        num_speakers: at least 4; no speaker is in two partitions.
+        duration_s: range of the clips' durations.
+        nested: `Audios/Audios/` and so on, as some mirrors unpack it.
         zipped_text: zips instead of folders of labels, transcripts and word times.
         defects: unknown speakers, a speaker of two partitions, test set 3 without rows, a stereo clip at 44.1 kHz, a
-            rater who rated twice, a missing rating, a word the aligner did not know, files of an earlier release; and
-            from 300 clips on a row without audio and a clip without text.
-        seed: of everything.
+            rater who rated twice, a missing rating, a word without alignment, files of an earlier release.
     """
     folder = Path(folder)
-    clips = plan_clips(num_clips, num_speakers, duration_s, defects, seed)
-    test3 = _plan_test3(clips, 1 + num_clips // 100) if defects else []
-    has_faults = defects and num_clips >= FEWEST_FOR_FAULTS
-    made = [*(clip for index, clip in enumerate(clips) if not (has_faults and index == WITHOUT_AUDIO)), *test3]
-    audio = _folder(folder, "Audios", nested)
+    clips = plan_clips(num_clips, num_speakers, duration_s, defects)
+    audio = folder / "Audios" / "Audios" if nested else folder / "Audios"
+    audio.mkdir(parents=True, exist_ok=True)
     texts: dict[str, str] = {}
     grids: dict[str, str] = {}
-    tasks = [(clip, audio, defects and clip is clips[STEREO]) for clip in made]
-    for clip, words in zip(made, _write_audio(tasks), strict=True):
-        if clip.partition == "Test3" or (has_faults and clip is clips[WITHOUT_TEXT]):
-            continue
-        if transcripts:
-            texts[f"{clip.name}.txt"] = f"{clip.text}\n"
-        if textgrids:
-            has_unknown = defects and num_clips > UNKNOWN_WORD and clip is clips[UNKNOWN_WORD]
-            grids[f"{clip.name}.TextGrid"] = text_grid(words, has_unknown)
+    for index, clip in enumerate(clips):
+        words = _write_clip(audio, clip, is_stereo=defects and index == STEREO)
+        texts[f"{clip.name}.txt"] = f"{clip.text}\n"
+        grids[f"{clip.name}.TextGrid"] = text_grid(words, has_unknown=defects and index == UNKNOWN_WORD)
     labels = "label" if release == "1.6" else "Labels"
     for name, files in ((labels, tables(clips, release)), ("Transcripts", texts), ("ForceAligned", grids)):
-        if files:
-            _write_files(folder, name, files, nested, zipped_text)
-    (folder / "readme.txt").write_text("Synthetic clips in the form of MSP-Podcast.\n")
+        _write_files(folder, name, files, nested, zipped_text)
     (folder / "Partitions.txt").write_text("".join(f"{clip.partition}; {clip.name}.wav\n" for clip in clips))
     if defects:
+        _write_clip(audio, dataclasses.replace(clips[0], name="MSP-PODCAST_test3_0001"))
         earlier = folder / "Previous_releases_information"
         removed = earlier / "files_removed_from_prev_versions" / "v1.0_removed_files"
-        list(_write_audio([(dataclasses.replace(clips[0], name="MSP-PODCAST_0001_0001"), removed, False)]))
+        removed.mkdir(parents=True)
+        _write_clip(removed, dataclasses.replace(clips[0], name="MSP-PODCAST_0001_0001"))
         _write_files(earlier, "v1.0", tables(clips[1:2], "1.8"), nested=False, is_zipped=False)
     return folder
 
 
-def plan_clips(
-    num_clips: int, num_speakers: int, duration_s: tuple[float, float], defects: bool = True, seed: int = 0
-) -> list[Clip]:
+def plan_clips(num_clips: int, num_speakers: int, duration_s: tuple[float, float], defects: bool = True) -> list[Clip]:
     """Return the clips of the table: all partitions are among the first 4, all classes among the first 10."""
-    rng = np.random.default_rng(seed)
-    speakers = _deal_speakers(num_speakers)
-    partitions = [*PARTITIONS, *rng.choice([*PARTITIONS], max(0, num_clips - 4), p=[*PARTITIONS.values()])]
-    weights = np.array([emotion.num_clips for emotion in EMOTIONS.values()])
-    codes = [*EMOTIONS, *rng.choice([*EMOTIONS], max(0, num_clips - 10), p=weights / weights.sum())]
+    rng = np.random.default_rng(0)
+    partitions = [*_SHARES, *rng.choice([*_SHARES], max(0, num_clips - 4), p=[*_SHARES.values()])]
+    ends = np.ceil(np.cumsum([0, *_SHARES.values()]) * (num_speakers - 4)).astype(int) + range(5)
+    first_and_end = {partition: (ends[i] + 1, ends[i + 1] + 1) for i, partition in enumerate(_SHARES)}
     clips: list[Clip] = []
-    for index, (partition, code) in enumerate(zip(partitions[:num_clips], codes, strict=False)):
-        podcast, turn = 1 + index // _CLIPS_OF_PODCAST, 8 + index % _CLIPS_OF_PODCAST
-        part = f"_{1 + index % 3:04d}" if index % 4 == 3 else ""
-        speaker = int(rng.choice(speakers[partition]))
+    for index, partition in enumerate(partitions[:num_clips]):
+        code = [*RATED_AS][index % 10]
+        speaker = int(rng.integers(*first_and_end[str(partition)]))
         if defects and index == CROSSING:
-            partition, speaker = "Train", clips[list(PARTITIONS).index("Test2")].speaker
+            partition, speaker = "Train", clips[list(_SHARES).index("Test2")].speaker
+        ratings = _ratings(code)
+        if defects and index == RATED_TWICE:
+            ratings = (*ratings, ratings[0])
+        if defects and index == RATING_MISSING:
+            ratings = (*ratings, ("WORKER00009999", "", 4, 4, 4))
         clip = Clip(
-            name=f"MSP-PODCAST_{podcast:04d}_{turn:04d}{part}",
+            name=f"MSP-PODCAST_{1 + index // 40:04d}_{8 + index % 40:04d}" + ("_0001" if index % 4 == 3 else ""),
             text=_text(rng, duration_s),
-            emotion=str(code),
+            emotion=code,
             partition=str(partition),
             speaker=speaker,
             is_known=not defects or (index + 1) % UNKNOWN_SPEAKER_EVERY != 0,
-            ratings=_ratings(str(code), rng),
-            seed=(seed, index),
+            ratings=ratings,
         )
-        if defects and index == RATED_TWICE:
-            clip = dataclasses.replace(clip, ratings=(*clip.ratings, clip.ratings[0]))
-        if defects and index == RATING_MISSING:
-            clip = dataclasses.replace(clip, ratings=(*clip.ratings, ("WORKER00009999", "", 4, 4, 4)))
         clips.append(clip)
     return clips
 
@@ -202,7 +170,7 @@ def text_grid(words: Sequence[Mapping[str, Any]], has_unknown: bool = False) -> 
 
     Args:
         words: `word`, `start_s` and `end_s` of each.
-        has_unknown: whether the first is one the aligner did not know.
+        has_unknown: whether the first is a word that the aligner does not have.
     """
     end_s = words[-1]["end_s"] + _QUIET_S[0]
     intervals: list[tuple[float, float, str]] = []
@@ -229,45 +197,19 @@ def text_grid(words: Sequence[Mapping[str, Any]], has_unknown: bool = False) -> 
     return "\n".join(lines) + "\n"
 
 
-def _deal_speakers(num_speakers: int) -> dict[str, range]:
-    assert num_speakers >= len(PARTITIONS), num_speakers
-    first, dealt = 1, {}
-    for left, (partition, share) in zip((3, 2, 1, 0), PARTITIONS.items(), strict=True):
-        end = min(first + max(1, round(share * num_speakers)), num_speakers + 1 - left) if left else num_speakers + 1
-        dealt[partition] = range(first, end)
-        first = end
-    return dealt
-
-
-def _plan_test3(clips: Sequence[Clip], num_clips: int) -> list[Clip]:
-    return [
-        dataclasses.replace(
-            clip, name=f"MSP-PODCAST_test3_{number:04d}", partition="Test3", seed=(*clip.seed[:1], 10_000_000 + number)
-        )
-        for number, clip in zip(range(1, num_clips + 1), clips, strict=False)
-    ]
-
-
 def _text(rng: np.random.Generator, duration_s: tuple[float, float]) -> str:
     num_characters = (rng.uniform(*duration_s) - sum(_QUIET_S)) / _S_PER_CHARACTER
     words: list[str] = []
     while not words or len(" ".join(words)) < num_characters:
-        words.append(str(rng.choice(_WORDS.split())))
+        words.append(str(rng.choice(_WORDS)))
     return " ".join(words).capitalize() + "."
 
 
-def _ratings(code: str, rng: np.random.Generator) -> tuple[tuple[str, str, int, int, int], ...]:
-    """Return five ratings: at least three are `code`, which nobody else beats; two and two tie for X."""
-    others = [str(other) for other in rng.permutation([key for key in EMOTIONS if key not in (code, "X")])]
-    num_agreeing = int(rng.integers(3, 6))
-    chosen = (
-        [code] * num_agreeing + others[: 5 - num_agreeing] if code != "X" else [*others[:2], *others[:2], others[2]]
-    )
-    raters = rng.choice(10_000, 5, replace=False)
-    attributes = np.clip(np.rint(rng.normal(EMOTIONS[code].attributes, 0.8, (5, 3))), 1, 7).astype(int).tolist()
-    return tuple(
-        (f"WORKER{rater:08d}", emotion, *axes) for rater, emotion, axes in zip(raters, chosen, attributes, strict=True)
-    )
+def _ratings(code: str) -> tuple[Rating, ...]:
+    """Return five ratings: three are of the class; for X, two and two are of others."""
+    others = ["A", "S", "H"] if code in "NXO" else ["N", "O", "C" if code != "C" else "D"]
+    chosen = [code, code, code, *others[:2]] if code != "X" else [*others[:2], *others[:2], others[2]]
+    return tuple((f"WORKER{rater:08d}", chosen[rater], 3 + rater % 3, 4, 5) for rater in range(5))
 
 
 def _consensus(clip: Clip, release: Release) -> dict[str, str]:
@@ -285,9 +227,9 @@ def _consensus(clip: Clip, release: Release) -> dict[str, str]:
     }
 
 
-def _rating(clip: Clip, rating: tuple[str, str, int, int, int], release: Release) -> dict[str, Any]:
+def _rating(clip: Clip, rating: Rating, release: Release) -> dict[str, Any]:
     rater, code, arousal, valence, dominance = rating
-    emotion = EMOTIONS[code].rating if code else "NaN"
+    emotion = RATED_AS[code] if code else "NaN"
     name = f"{clip.name}.wav"
     if release in ("1.8", "1.11"):
         attributes = f"A:{arousal:.6f}; V:{valence:.6f}; D:{dominance:.6f};"
@@ -311,48 +253,30 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def _folder(folder: Path, name: str, nested: bool) -> Path:
-    return folder / name / name if nested else folder / name
-
-
 def _write_files(folder: Path, name: str, files: Mapping[str, str], nested: bool, is_zipped: bool) -> None:
     if is_zipped:
-        folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(folder / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for file_name, content in files.items():
                 archive.writestr(f"{name}/{file_name}", content)
         return
-    target = _folder(folder, name, nested)
+    target = folder / name / name if nested else folder / name
     target.mkdir(parents=True, exist_ok=True)
     for file_name, content in files.items():
         (target / file_name).write_text(content, encoding="utf-8")
 
 
-def _write_clip(task: tuple[Clip, Path, bool]) -> list[dict[str, Any]]:
-    """Write the wav of a clip, as stereo at 44.1 kHz if asked to, and return its words with their times."""
-    clip, folder, is_odd = task
-    sample_rate = 44_100 if is_odd else 16_000
+def _write_clip(folder: Path, clip: Clip, *, is_stereo: bool = False) -> list[dict[str, Any]]:
+    """Write the wav of a clip, stereo at 44.1 kHz if asked to, and return its words with their times."""
+    sample_rate = 44_100 if is_stereo else 16_000
     samples, words = synthesize(
         clip.text,
         speaker=clip.speaker,
-        emotion=EMOTIONS[clip.emotion].style,
+        emotion=_STYLES.get(clip.emotion, "calm"),
         sample_rate=sample_rate,
-        seed=np.random.SeedSequence(clip.seed).generate_state(1).item(),
+        seed=zlib.crc32(clip.name.encode()),
         lead_s=_QUIET_S,
         tail_s=_QUIET_S,
     )
-    content = np.stack([samples, samples], axis=1) if is_odd else samples
+    content = np.stack([samples, samples], axis=1) if is_stereo else samples
     soundfile.write(folder / f"{clip.name}.wav", content, sample_rate, subtype="PCM_16")
     return words
-
-
-def _write_audio(tasks: Sequence[tuple[Clip, Path, bool]]) -> Iterator[list[dict[str, Any]]]:
-    """Write the clips, by all cores if there are many, and yield the words of each in order."""
-    for folder in {folder for _, folder, _ in tasks}:
-        folder.mkdir(parents=True, exist_ok=True)
-    if len(tasks) < _FEWEST_FOR_PROCESSES:
-        yield from map(_write_clip, tasks)
-        return
-    method = "fork" if os.name == "posix" and os.uname().sysname == "Linux" else "spawn"
-    with ProcessPoolExecutor(mp_context=get_context(method)) as pool:
-        yield from pool.map(_write_clip, tasks, chunksize=16)
