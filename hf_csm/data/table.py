@@ -1,15 +1,16 @@
-"""Tables on disk, prepared or codes: Parquet files by split and cell, with a card that makes them a `datasets` table.
+"""Tables on disk, of utterances or codes: Parquet shards by split and group, and a card that `datasets` understands.
 
-A table is a folder: `data/<split>/<cell>-00000-of-0000N.parquet` and `README.md`. `load_dataset(folder)`, streaming
-too, works on it here and on the Hub. Row groups are small, so that `ParquetRows` reaches any row cheaply.
+A table is a folder: `data/<split>/<group>-00000-of-0000N.parquet` and `README.md`; the group is an emotion.
+`load_dataset(folder)`, streaming too, works on it locally and on the Hub. Row groups are small, so that `ParquetRows`
+has fast random access.
 """
 
 from __future__ import annotations
 
 import bisect
-import os
+import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,13 +25,12 @@ from datasets import SplitInfo as HubSplitInfo
 
 from hf_csm.data.schema import SPLITS
 from hf_csm.errors import UserError
+from hf_csm.files import replaced_file, write_text_atomic
 
 
 ROWS_PER_GROUP = 32
 WINDOWS_PER_GROUP = 4
-"""In tables of codes: a window weighs 70 kB and is read by itself, in any order."""
-MAX_SHARD_BYTES = 480_000_000
-"""A cell with more is cut in files of equal size, which therefore have at least half of it."""
+"""In tables of codes: a window takes 70 kB and is read on its own, in any order."""
 CARD_NAME = "README.md"
 CARD_KEY = "hf_csm"
 _SIZE_CATEGORIES = (
@@ -51,10 +51,10 @@ class SplitInfo:
     num_bytes: int
 
 
-def shard_name(cell: str, index: int, total: int) -> str:
-    """Return the file name of a cell's shard: `happy-00000-of-00002.parquet`."""
+def shard_name(group: str, index: int, total: int) -> str:
+    """Return the file name of a group's shard: `happy-00000-of-00002.parquet`."""
     assert 0 <= index < total, (index, total)
-    return f"{cell}-{index:05d}-of-{total:05d}.parquet"
+    return f"{group}-{index:05d}-of-{total:05d}.parquet"
 
 
 def split_files(folder: str | Path, split: str) -> list[Path]:
@@ -62,43 +62,45 @@ def split_files(folder: str | Path, split: str) -> list[Path]:
     return sorted(Path(folder, "data", split).glob("*.parquet"))
 
 
-def equal_files(num_bytes: Sequence[int], most: int = MAX_SHARD_BYTES) -> list[int]:
-    """Deal pieces, in order, to as few files of equal size as hold at most about `most` bytes each.
-
-    Returns:
-        the index one past the last piece of each file, ascending.
-    """
-    edges = np.cumsum(num_bytes)
-    num_files = max(1, -(-int(edges[-1]) // most))
-    ends = [int(np.searchsorted(edges, edges[-1] * (file + 1) / num_files - 0.5)) + 1 for file in range(num_files)]
-    return sorted(set(ends[:-1]) | {len(num_bytes)})
+def count_splits(folder: str | Path) -> dict[str, SplitInfo]:
+    """Return rows and bytes of each split that a table has, from its Parquet files."""
+    counts = {}
+    for split in SPLITS:
+        files = split_files(folder, split)
+        if files:
+            num_rows = sum(pq.read_metadata(file).num_rows for file in files)
+            counts[split] = SplitInfo(num_rows, sum(file.stat().st_size for file in files))
+    return counts
 
 
 class ShardWriter:
-    """Write one Parquet file of a table, beside its place, and rename it when the `with` block ends without error.
+    """Context manager that writes one Parquet file; the file appears when the block ends without error.
 
     Args:
-        path: the file; its folder is made.
-        features: of the rows; stored in the file, so that `datasets` reads labels and audio as such.
-        compression: for Parquet. Sound and codes do not compress: leave it off.
+        path: of the file; its folder is created.
+        features: of the rows; stored in the file, so that `datasets` restores labels and audio.
+        compression: for Parquet. Audio does not compress: leave it off.
     """
 
     def __init__(self, path: Path, features: Features, compression: str = "none"):
-        self._path = path
-        self._part = path.with_name(path.name + ".tmp")
         self._schema = features.arrow_schema
         self._rows_per_group = WINDOWS_PER_GROUP if "codes" in features else ROWS_PER_GROUP
         self._pending: list[pa.Table] = []
         self._num_pending = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Statistics and dictionaries of heavy columns cost time and space, and nobody looks them up.
+        # Statistics and dictionaries of large columns cost time and space and have no use.
         light = [field.name for field in self._schema if pa.types.is_string(field.type)]
-        self._writer = pq.ParquetWriter(
-            self._part, self._schema, compression=compression, use_dictionary=light, write_statistics=light
-        )
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replaced_file(path))
+            self._writer = stack.enter_context(
+                pq.ParquetWriter(
+                    temporary, self._schema, compression=compression, use_dictionary=light, write_statistics=light
+                )
+            )
+            stack.push(self._end)  # runs first at exit, then the file is closed, then it is renamed or removed
+            self._stack = stack.pop_all()
 
     def write(self, rows: pa.Table | Sequence[Mapping[str, Any]]) -> None:
-        """Append rows. Row groups are full whatever the size of the pieces: the file depends on the rows only."""
+        """Append rows. Row groups are filled up across calls: the file depends on the rows only."""
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=self._schema)
         self._pending.append(table)
         self._num_pending += len(table)
@@ -108,19 +110,27 @@ class ShardWriter:
             self._pending = [pending.slice(self._rows_per_group)]
             self._num_pending -= self._rows_per_group
 
+    def end_row_group(self) -> None:
+        """Write the rows that do not fill a row group yet as one of their own."""
+        if self._num_pending:
+            self._writer.write_table(pa.concat_tables(self._pending))
+        self._pending, self._num_pending = [], 0
+
+    def set_metadata(self, values: Mapping[str, str]) -> None:
+        """Store texts in the file's footer."""
+        self._writer.add_key_value_metadata(dict(values))
+
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None and self._num_pending:
-            self._writer.write_table(pa.concat_tables(self._pending))
-        self._writer.close()
+        self._stack.__exit__(kind, error, traceback)
+
+    def _end(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            os.replace(self._part, self._path)
-        else:
-            self._part.unlink(missing_ok=True)
+            self.end_row_group()
 
 
 def write_card(
@@ -135,18 +145,18 @@ def write_card(
     languages: Sequence[str] = ("en",),
     tags: Sequence[str] = ("audio", "speech", "emotion", "hf-csm"),
 ) -> None:
-    """Write the card, whole or not at all. Same arguments, same bytes.
+    """Write the card atomically. Same arguments, same bytes.
 
     Args:
         folder: of the table.
         features: of its rows.
         title: heading, and name on the Hub.
-        license: licence id of the Hub.
+        license: license id of the Hub.
         splits: counts of the splits that the table has.
-        metadata: our own plain data under `hf_csm:`, for `read_card_metadata`.
+        metadata: plain data under the key `hf_csm`, for `read_card_metadata`.
         body: Markdown below the heading.
-        languages: of the text, as on the Hub.
-        tags: as on the Hub.
+        languages: of the text, as Hub ids.
+        tags: Hub tags.
     """
     present = [split for split in SPLITS if split in splits]
     assert set(present) == set(splits), f"unknown splits in {list(splits)}"
@@ -171,20 +181,23 @@ def write_card(
         "dataset_info": dict(info._to_yaml_dict()),
         CARD_KEY: dict(metadata),
     }
-    yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1_000)
-    part = folder / f"{CARD_NAME}.tmp"
-    part.write_text(f"---\n{yaml_text}---\n\n# {title}\n\n{body.strip()}\n", encoding="utf-8")
-    os.replace(part, folder / CARD_NAME)
+    write_text_atomic(folder / CARD_NAME, card_text(front, title, body))
+
+
+def card_text(front: Mapping[str, Any], title: str, body: str) -> str:
+    """Return a Hub card: YAML front matter, heading, Markdown body."""
+    yaml_text = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True, width=1_000)
+    return f"---\n{yaml_text}---\n\n# {title}\n\n{body.strip()}\n"
 
 
 def read_card_metadata(folder: str | Path) -> dict[str, Any]:
-    """Return what `write_card` was given as `metadata`.
+    """Return the `metadata` that `write_card` stored.
 
     Raises:
-        UserError: the folder is not a table of ours.
+        UserError: the folder is not a table of hf-csm.
     """
     card = Path(folder, CARD_NAME)
-    remedy = "Name a folder that `hf-csm prepare` or `hf-csm encode` has written."
+    remedy = "Name a folder that `hf-csm prepare` or `hf-csm encode` wrote."
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -193,17 +206,54 @@ def read_card_metadata(folder: str | Path) -> dict[str, Any]:
     try:
         metadata = yaml.safe_load(front)[CARD_KEY]
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: not a table of hf-csm: its {CARD_NAME} does not say so.", remedy) from error
+        raise UserError(f"{folder}: not a table of hf-csm: no {CARD_KEY} in its {CARD_NAME}.", remedy) from error
     return dict(metadata)
 
 
+def check_schema(folder: str | Path, features: Features, optional: Collection[str] = ()) -> None:
+    """Check that a table has the columns, types and class labels of this version.
+
+    Args:
+        features: of the rows.
+        optional: columns that a table of an earlier version may lack.
+
+    Raises:
+        UserError: it has not; the remedy is the command that makes the table again.
+    """
+    files = [file for split in SPLITS for file in split_files(folder, split)[:1]]
+    for file in files:
+        with _open_parquet(file) as parquet:
+            found = Features.from_arrow_schema(parquet.schema_arrow)
+        for name, feature in features.items():
+            if name not in found:
+                if name in optional:
+                    continue
+                problem = f"its rows have no column {name!r}"
+            elif found[name] != feature:
+                problem = f"its column {name!r} has another type"
+            else:
+                continue
+            raise UserError(
+                f"{folder}: written by another version of hf-csm: {problem}.",
+                f"Make it again: `{_command_of(folder, read_card_metadata(folder))}`.",
+            )
+
+
+def _command_of(folder: str | Path, metadata: Mapping[str, Any]) -> str:
+    """Return the command that makes a table."""
+    corpus = metadata.get("corpus", "CORPUS")
+    if metadata.get("stage") == "codes":
+        return f"hf-csm encode {metadata.get('manifest', f'prepared/{corpus}')} --base-model BASE --out {folder}"
+    return f"hf-csm prepare {metadata.get('builder', corpus)} --raw RAW --out {folder} --overwrite"
+
+
 class ParquetRows:
-    """Random access to the rows of many Parquet files, a row group at a time, the last used ones kept in memory.
+    """Random access to the rows of many Parquet files, by row group, with a cache of the last used row groups.
 
     Args:
         files: in the order of their file index.
         columns: to read; all by default.
-        cache_bytes: bound of the memory for row groups (one is always kept).
+        cache_bytes: limit of the memory for row groups (one is always kept).
     """
 
     def __init__(self, files: Iterable[str | Path], columns: Sequence[str] | None = None, cache_bytes: int = 64 << 20):
@@ -229,7 +279,7 @@ class ParquetRows:
         return self._starts[file_index][-1]
 
     def arrow_row(self, file_index: int, row_index: int) -> pa.Table:
-        """Return a table of one row, a view without copy: for columns that `nested_to_numpy` takes."""
+        """Return a table of one row, a view without copy, as `nested_to_numpy` takes it."""
         starts = self._starts[file_index]
         if not 0 <= row_index < starts[-1]:
             raise IndexError(f"row {row_index} of {self._files[file_index]}, which has {starts[-1]}")
@@ -262,7 +312,7 @@ def read_columns(files: Iterable[str | Path], columns: Sequence[str]) -> pa.Tabl
         with _open_parquet(file) as parquet:
             tables.append(parquet.read(columns=list(columns), use_threads=False))
     if not tables:
-        raise UserError("A table without Parquet files.", "Prepare or encode it again.")
+        raise UserError("The table has no Parquet files.", "Prepare or encode it again.")
     return pa.concat_tables(tables)
 
 

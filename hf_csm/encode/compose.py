@@ -1,8 +1,8 @@
-"""Clips to conversations: who speaks when, and the two-channel waveform of it.
+"""Compose clips into conversations: the schedule of turns, and the two-channel waveform.
 
-A conversation has one Moshi voice (channel 0) that speaks with one emotion. Between its turns another speaker talks
-(channel 1), or nobody does. Both channels carry room tone from the first sample to the last: digital silence and a
-copy of the other channel are what taught earlier fine-tunes to fall silent or to echo.
+A conversation has one model voice (channel 0), which speaks with one emotion. Between its turns another speaker talks
+(channel 1), or there is a pause. Both channels carry room tone throughout: digital silence and copies of the other
+channel have taught earlier fine-tunes to fall silent or to echo.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -33,20 +34,20 @@ MOSHI = 0
 USER = 1
 FADE_S = 0.005
 BLOCK_CONVERSATIONS = 256
-"""Conversations that are made together and share their users: about 5 hours of sound at the most."""
+"""Conversations that are encoded together and share their users' clips: at most about 5 hours of audio."""
 BLOCK_USER_GROUPS = 64
-"""Row groups that the users of a block come from, so that a large table is read a few times over, not once a turn."""
+"""Row groups that the users' clips of a block come from; bounds how often a large table is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """The spoken part of an utterance row; its words and samples stay on disk.
+    """The spoken part of an utterance row; words and samples stay on disk.
 
     Attributes:
-        place: file and row where they are.
-        emotion: target emotion, or None if the clip can only be the user's.
+        place: file and row index.
+        emotion: target emotion, or None if the clip can only be used for the user.
         offset: first sample of the row's audio that is used.
-        num_samples: that are used.
+        num_samples: number of samples that are used.
     """
 
     place: tuple[int, int]
@@ -61,14 +62,14 @@ class Clip:
 def spoken_part(
     duration_s: Seconds, start_s: Seconds | None, end_s: Seconds | None, margin_s: Seconds
 ) -> tuple[Samples, Samples]:
-    """Return offset and number of the samples of a clip without the quiet before its first word and after its last.
+    """Return offset and number of samples of a clip without the silence before its first and after its last word.
 
-    Corpora of read sentences carry a second of it on either side. Kept, it would be the pause that Moshi learns to
-    make before it answers, whatever gap is drawn.
+    Corpora of read sentences have about a second of it on either side. If it were kept, the model would learn it as
+    the pause before an answer, whatever gap is drawn.
 
     Args:
-        duration_s: of all of the clip.
-        start_s: of its first word; `None` if it has no words: all of it is kept.
+        duration_s: of the whole clip.
+        start_s: of its first word; `None` if it has no words: then all of it is kept.
         end_s: of its last word.
         margin_s: kept around the words, because word times are not exact.
     """
@@ -80,7 +81,7 @@ def spoken_part(
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A clip on a channel from a sample on."""
+    """A clip on a channel, starting at a sample."""
 
     clip: Clip
     channel: int
@@ -94,9 +95,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A plan: turns in order of time, none overlapping, and the seed of its room tone.
+    """A schedule of turns, by time and without overlap, and the seed of its room tone.
 
-    `language` and `emotion` are those of Moshi's channel, `None` where nobody said.
+    `language` and `emotion` are those of Moshi's channel, `None` if unknown.
     """
 
     id: str
@@ -111,20 +112,20 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Composition:
-    """How conversations are drawn. Ranges are uniform, in seconds or in decibels relative to full scale."""
+    """How conversations are drawn. Ranges are uniform, in seconds or in dB relative to full scale."""
 
     duration_s: Seconds = 80.0
     """Longest conversation."""
     lead_in_s: tuple[Seconds, Seconds] = (1.0, 2.0)
-    """Quiet before the first turn; the emotion prefix is given there."""
+    """Quiet before the first turn, where the emotion prefix goes."""
     gap_s: tuple[Seconds, Seconds] = (0.2, 0.8)
     """Quiet between turns and after the last."""
     user_turn_share: float = 0.75
-    """Share of the places between Moshi's turns in which the user speaks."""
+    """Share of the gaps before and between Moshi's turns in which the user speaks."""
     room_tone_db: tuple[float, float] = (-70.0, -55.0)
     """Level of the room tone, drawn for each channel."""
     margin_s: Seconds = 0.2
-    """What is kept of a clip before its first word and after its last."""
+    """Kept of a clip before its first word and after its last."""
 
     def __post_init__(self) -> None:
         for name in ("lead_in_s", "gap_s"):
@@ -147,13 +148,13 @@ class Composition:
             raise UserError(f"The seed is {self.seed}.", "Give a whole number of at least 0.")
 
     seed: int = 0
-    """Seed of every draw."""
+    """Random seed."""
 
 
-class _Users:
-    """Clips that the user may speak in a block of conversations: of the language, from some row groups of the table.
+class _UserClips:
+    """Clips for the user's turns in a block of conversations: of one language, from some row groups of the table.
 
-    A table of at most `BLOCK_USER_GROUPS` row groups is drawn from as a whole.
+    All row groups are used if the table has at most `BLOCK_USER_GROUPS`.
     """
 
     def __init__(self, clips: Sequence[Clip], seeds: tuple[int, int]):
@@ -170,7 +171,7 @@ class _Users:
     def of_others(
         self, speaker_id: str, language: str | None, emotion: str, block: int
     ) -> tuple[list[Clip], np.ndarray]:
-        """Return the clips of the block, and the indices of those that another than the speaker has spoken."""
+        """Return the clips of the block, and the indices of those by another speaker."""
         if self._block != (emotion, block):
             self._block, self._pools = (emotion, block), {}
         if language not in self._pools:
@@ -185,24 +186,24 @@ class _Users:
 
 
 def plan_conversations(clips: Sequence[Clip], composition: Composition, variant: int = 0) -> list[Conversation]:
-    """Compose each clip with an emotion into one conversation, as a turn of Moshi's.
+    """Put each clip with an emotion into exactly one conversation, as one of Moshi's turns.
 
     All clips must be of one split. A clip too long for `duration_s` is left out; compare ids to count such clips.
-    The plan is a pure function of the arguments. Time and memory grow with the number of clips, nothing else.
+    The plan is a pure function of the arguments. Time and memory are linear in the number of clips.
 
     Returns:
-        Conversations sorted by emotion, then by the first of the speaker's clips, so that what is near in the table
-        is read together.
+        conversations sorted by emotion, then by the first of the speaker's clips, so that neighbors in the table are
+        read together.
     """
-    voices: dict[tuple[str, str, str | None], list[Clip]] = defaultdict(list)
+    clips_of: dict[tuple[str, str, str | None], list[Clip]] = defaultdict(list)
     for clip in clips:
         if clip.emotion is not None:
-            voices[clip.emotion, clip.speaker_id, clip.language].append(clip)
-    users = _Users(clips, (composition.seed, variant))
+            clips_of[clip.emotion, clip.speaker_id, clip.language].append(clip)
+    users = _UserClips(clips, (composition.seed, variant))
     conversations: list[Conversation] = []
     num_of_emotion: Counter[str] = Counter()
-    num_of_voice: Counter[tuple[str, str]] = Counter()
-    for (emotion, speaker_id, language), own_clips in sorted(voices.items(), key=lambda item: item[0][0]):
+    num_of_speaker: Counter[tuple[str, str]] = Counter()
+    for (emotion, speaker_id, language), own_clips in sorted(clips_of.items(), key=lambda item: item[0][0]):
         name = f"{emotion}/{speaker_id}/{language}"
         rng = np.random.default_rng([composition.seed, variant, zlib.crc32(name.encode())])
         queue = [own_clips[i] for i in rng.permutation(len(own_clips))]
@@ -215,7 +216,7 @@ def plan_conversations(clips: Sequence[Clip], composition: Composition, variant:
                 continue
             conversations.append(
                 Conversation(
-                    id=f"{speaker_id}-{emotion}-v{variant}-{num_of_voice[emotion, speaker_id]:04d}",
+                    id=f"{speaker_id}-{emotion}-v{variant}-{num_of_speaker[emotion, speaker_id]:04d}",
                     speaker_id=speaker_id,
                     language=language,
                     emotion=emotion,
@@ -226,20 +227,20 @@ def plan_conversations(clips: Sequence[Clip], composition: Composition, variant:
                 )
             )
             num_of_emotion[emotion] += 1
-            num_of_voice[emotion, speaker_id] += 1
+            num_of_speaker[emotion, speaker_id] += 1
     return conversations
 
 
 def _draw_turns(
     queue: list[Clip], clips: Sequence[Clip], others: np.ndarray, composition: Composition, rng: np.random.Generator
 ) -> tuple[list[Turn], Samples]:
-    """Take clips off the end of `queue` for one conversation; none if the next clip is too long by itself."""
+    """Take clips off the end of `queue` for one conversation; none if the next clip is too long on its own."""
 
     def quiet(range_s: tuple[Seconds, Seconds]) -> Samples:
         return seconds_to_samples(rng.uniform(*range_s))
 
     longest = seconds_to_samples(composition.duration_s) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME
-    # Whole conversations of many lengths: a model that has seen only full windows does not know how to be brief.
+    # Conversations of many lengths: a model trained on full windows only does not learn to be brief.
     target = rng.uniform(0.5, 1.0) * longest
     tail = quiet(composition.gap_s)
     turns: list[Turn] = []
@@ -270,10 +271,10 @@ def _draw_turns(
 def compose(
     conversation: Conversation, samples_of: Callable[[Clip], np.ndarray], composition: Composition
 ) -> np.ndarray:
-    """Return the waveform float32 `[2, S]` at 24 kHz: each turn at its place, over room tone.
+    """Return the waveform float32 `[2, S]` at 24 kHz: the turns over room tone.
 
     Args:
-        samples_of: gives all samples of a clip's row, float32 `[S]` at 24 kHz.
+        samples_of: returns all samples of a clip's row, float32 `[S]` at 24 kHz.
     """
     rng = np.random.default_rng(conversation.seed)
     waveform = np.stack([room_tone(conversation.num_samples, rng, composition.room_tone_db) for _ in (MOSHI, USER)])
@@ -290,10 +291,10 @@ def compose(
 
 
 def words_of(conversation: Conversation, words_in: Callable[[Clip], Sequence[dict]]) -> list[dict]:
-    """Return every word with its channel, in seconds from the conversation's first sample, in order of time.
+    """Return every word with its channel, by time, in seconds from the conversation's first sample.
 
     Args:
-        words_in: gives all words of a clip's row: `word, start_s, end_s` in seconds from the row's first sample.
+        words_in: returns all words of a clip's row: `word, start_s, end_s` in seconds from the row's first sample.
     """
     words = []
     for turn in conversation.turns:
@@ -311,7 +312,7 @@ def words_of(conversation: Conversation, words_in: Callable[[Clip], Sequence[dic
 
 
 def turns_of(conversation: Conversation) -> list[dict]:
-    """Return the turns as a codes table stores them, times in seconds."""
+    """Return the turns in the format of `WINDOW_FEATURES`, times in seconds."""
     return [
         {
             "clip_id": turn.clip.id,
@@ -320,4 +321,41 @@ def turns_of(conversation: Conversation) -> list[dict]:
             "end_s": turn.end / SAMPLE_RATE,
         }
         for turn in conversation.turns
+    ]
+
+
+Item = TypeVar("Item", bound=Conversation)
+
+
+@dataclass(frozen=True)
+class Unit(Generic[Item]):
+    """Conversations of one (split, group) of a table that one process encodes together.
+
+    Attributes:
+        group: emotion, or `unlabelled`.
+        name: unique in the split; sorts in the order of the group's units.
+    """
+
+    split: str
+    group: str
+    name: str
+    conversations: list[Item]
+
+    @property
+    def duration_s(self) -> Seconds:
+        """Total length."""
+        return samples_to_seconds(sum(conversation.num_samples for conversation in self.conversations))
+
+
+def cut_units(split: str, group: str, conversations: Sequence[Item]) -> list[Unit[Item]]:
+    """Divide the conversations of a group into units, in order."""
+    total = -(-len(conversations) // BLOCK_CONVERSATIONS)
+    return [
+        Unit(
+            split,
+            group,
+            f"{group}-{index:05d}-of-{total:05d}",
+            list(conversations[index * BLOCK_CONVERSATIONS : (index + 1) * BLOCK_CONVERSATIONS]),
+        )
+        for index in range(total)
     ]

@@ -1,30 +1,31 @@
-"""The conversations of a prepared corpus: planned from ids and times alone, filled with sound and words later."""
+"""The conversations of a prepared corpus: planned from ids and times alone; audio and words are read later."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hf_csm.data.audio import decode_audio
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
-from hf_csm.data.schema import SPLITS
-from hf_csm.data.table import ParquetRows, read_card_metadata, read_columns, split_files
+from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
+from hf_csm.data.table import ParquetRows, check_schema, read_card_metadata, read_columns, split_files
 from hf_csm.encode.compose import (
     MOSHI,
     Clip,
     Composition,
     Conversation,
+    Unit,
     compose,
+    cut_units,
     plan_conversations,
     spoken_part,
     words_of,
 )
-from hf_csm.encode.staging import Unit, cut_units
 from hf_csm.errors import UserError
 from hf_csm.hub import check_whole
 
@@ -34,73 +35,42 @@ LABELS = {
     "perceived": "without a perceived emotion",
     "agreed": "without a perceived emotion that is the acted one",
 }
-"""The emotion of a clip: as acted, as its raters heard it, or where both are the same. With what is said of the clips
-that have none, which can still be the user's."""
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What became conversations, and what did not.
-
-    Attributes:
-        cells: conversations and hours for each (split, emotion).
-        dropped: clips left out, by reason.
-        noted: what else was left out or is not as it should be, with its count.
-        is_complete: whether the table is in its place; `False` while other processes are still at work on it.
-        is_new: `False` if it was there before, and nothing was done.
-    """
-
-    cells: dict[tuple[str, str], tuple[int, float]]
-    dropped: dict[str, int] = field(default_factory=dict)
-    noted: dict[str, int] = field(default_factory=dict)
-    is_complete: bool = True
-    is_new: bool = True
-
-    def render(self) -> str:
-        """Return the report as a text table."""
-        lines = [f"{'split':<12}{'emotion':<12}{'conversations':>14}{'hours':>9}"]
-        for (split, emotion), (count, hours) in sorted(
-            self.cells.items(), key=lambda item: (SPLITS.index(item[0][0]), item[0][1])
-        ):
-            lines.append(f"{split:<12}{emotion:<12}{count:>14}{hours:>9.3f}")
-        lines += [f"dropped: {count} clips, {reason}" for reason, count in sorted(self.dropped.items())]
-        lines += [f"noted: {count} {what}" for what, count in sorted(self.noted.items())]
-        if not self.is_complete:
-            lines.append("The rest is still being made by other processes; the last of them publishes the table.")
-        return "\n".join(lines)
+"""The emotion label of a clip: acted, perceived by raters, or only where both agree. The value is the reason in the
+report for clips without that label, which can still be used for the user."""
 
 
 class PreparedCorpus:
     """A prepared corpus to compose conversations from.
 
     Args:
-        folder: that `prepare` wrote.
+        folder: written by `prepare`.
 
     Attributes:
-        card: what the card says of it.
+        card: metadata of its card.
 
     Raises:
-        UserError: the folder is no prepared corpus, or only a part of one.
+        UserError: the folder is not a prepared corpus, is incomplete, or was written by another version.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.card = read_card_metadata(folder)
         if self.card.get("stage") != "prepared":
-            raise UserError(f"{folder} is not a prepared corpus.", "Run `hf-csm prepare` and give its output here.")
+            raise UserError(f"{folder} is not a prepared corpus.", "Run `hf-csm prepare` and name its output here.")
         check_whole(self.folder)
+        check_schema(self.folder, UTTERANCE_FEATURES)
         self.files = [path for split in SPLITS for path in split_files(folder, split)]
         self._rows = ParquetRows(self.files, columns=["audio", "words"], cache_bytes=0)
 
     def plan(
         self, composition: Composition, variants: int, label: str
     ) -> tuple[list[Unit[Conversation]], dict[str, int]]:
-        """Return what `plan_shards` does.
+        """Call `plan_units` on the files of this corpus.
 
         Raises:
-            UserError: no conversation comes of it.
+            UserError: the plan has no conversation.
         """
-        units, dropped = plan_shards(self.files, composition, variants, label)
+        units, dropped = plan_units(self.files, composition, variants, label)
         if not units:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "it has no clips"
             raise UserError(
@@ -110,14 +80,14 @@ class PreparedCorpus:
         return units, dropped
 
     def read(self, conversations: Sequence[Conversation], composition: Composition) -> Clips:
-        """Read the clips of some conversations, each row group that has any once."""
+        """Read the clips of some conversations, each row group once."""
         places = sorted({turn.clip.place for conversation in conversations for turn in conversation.turns})
         return Clips({place: self._rows.row(*place) for place in places}, composition)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """The rows of some clips by place, sound still compressed."""
+    """The rows of some clips by place, audio still compressed."""
 
     rows: dict[tuple[int, int], dict]
     composition: Composition
@@ -127,17 +97,17 @@ class Clips:
         return compose(conversation, lambda clip: decode_audio(self.rows[clip.place]["audio"]), self.composition)
 
     def words(self, conversation: Conversation) -> list[dict]:
-        """Return the words of a conversation, as `WINDOW_FEATURES` has them."""
+        """Return the words of a conversation in the format of `WINDOW_FEATURES`."""
         return words_of(conversation, lambda clip: self.rows[clip.place]["words"])
 
 
-def plan_shards(
+def plan_units(
     files: Sequence[Path], composition: Composition, variants: int, label: str = "acted"
 ) -> tuple[list[Unit[Conversation]], dict[str, int]]:
-    """Plan every conversation of every split, in units of one emotion each; also count the clips left out, by reason.
+    """Plan all conversations of all splits, in units of one emotion each; also count the clips left out, by reason.
 
     Args:
-        files: of the prepared corpus; a clip's `place` is its file in this list and its row there.
+        files: of the prepared corpus; a clip's `place` is an index into this list and a row.
         label: a key of `LABELS`.
 
     Raises:
@@ -155,37 +125,25 @@ def plan_shards(
             dropped[reason] += 1
     if clips and label != "acted" and not has_perceived:
         raise UserError(
-            f"--label {label} needs emotions as raters heard them; this corpus has none.", "Give --label acted."
+            f"--label {label} needs emotions as perceived by raters; this corpus has none.", "Give --label acted."
         )
     units: list[Unit[Conversation]] = []
     for split in SPLITS:
-        cells = defaultdict(list)
+        groups = defaultdict(list)
         spoken: set[str] = set()
         for variant in range(variants):
             for conversation in plan_conversations(clips[split], composition, variant):
-                cells[conversation.emotion or UNLABELLED].append(conversation)
+                groups[conversation.emotion or UNLABELLED].append(conversation)
                 spoken.update(turn.clip.id for turn in conversation.turns if turn.channel == MOSHI)
-        for emotion, conversations in sorted(cells.items()):
+        for emotion, conversations in sorted(groups.items()):
             units += cut_units(split, emotion, conversations)
         labelled = sum(clip.emotion is not None for clip in clips[split])
         dropped["longer than a conversation may be"] += labelled - len(spoken)
     return units, {reason: count for reason, count in dropped.items() if count}
 
 
-def count_cells(units: Sequence[Unit]) -> dict[tuple[str, str], tuple[int, float]]:
-    """Return conversations and hours of each (split, emotion)."""
-    cells: dict[tuple[str, str], tuple[int, float]] = {}
-    for unit in units:
-        count, hours = cells.get((unit.split, unit.cell), (0, 0.0))
-        cells[unit.split, unit.cell] = (
-            count + len(unit.conversations),
-            hours + unit.duration_s / 3600,
-        )
-    return cells
-
-
 def _clips(files: Sequence[Path], margin_s: float, label: str) -> Iterator[tuple[str, Clip, str | None, bool]]:
-    """Yield split, clip, why it can't be Moshi's (or `None`), and whether it has a perceived emotion, file by file."""
+    """Yield split, clip, the reason why it has no emotion (or `None`), and whether it has a perceived emotion."""
     times = ["words.list.element.start_s", "words.list.element.end_s"]  # the words themselves stay on disk
     columns = ["id", "speaker_id", "language", "split", "emotion", "emotion_perceived", "duration_s"]
     for file_index, file in enumerate(files):

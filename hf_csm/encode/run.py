@@ -1,9 +1,8 @@
-"""Conversations to a table of codes: composed of the clips of a prepared corpus, encoded in batches, part by part."""
+"""Encode: compose the clips of a prepared corpus into conversations and encode them to a table of codes."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,34 +15,32 @@ from tqdm import tqdm
 
 from hf_csm.data.labels import emotion_id
 from hf_csm.data.schema import WINDOW_FEATURES
-from hf_csm.data.table import SplitInfo, write_card
-from hf_csm.encode.compose import Composition, Conversation, turns_of
-from hf_csm.encode.prepared_corpus import EncodeReport, PreparedCorpus, count_cells, plan_shards
-from hf_csm.encode.staging import Staging, Unit
+from hf_csm.data.staged_table import InUseError, Piece, StagedTable, fingerprint_of, merge_pieces, plan_shards
+from hf_csm.data.table import ShardWriter, count_splits, write_card
+from hf_csm.encode.compose import Composition, Conversation, Item, Unit, turns_of
+from hf_csm.encode.prepared_corpus import PreparedCorpus
+from hf_csm.encode.report import EncodeReport, count_groups
 from hf_csm.models.family import Codec
 from hf_csm.units import SAMPLES_PER_FRAME, samples_to_seconds
 
-
-__all__ = ["EncodeReport", "encode", "encode_units", "plan_shards", "window_table"]
 
 WINDOWS_VERSION = 2
 """Part of the fingerprint: raise it when the same input gives other windows."""
 GPU_BATCH_S = 640.0
 CPU_BATCH_S = 80.0
-"""Larger batches fall out of a processor's caches."""
+"""Larger batches do not fit the processor's caches."""
 
-Item = TypeVar("Item", bound=Conversation)
 Item_contra = TypeVar("Item_contra", bound=Conversation, contravariant=True)
 
 
-class Sound(Protocol[Item_contra]):
-    """What is heard and said in the conversations of a unit."""
+class ConversationSource(Protocol[Item_contra]):
+    """Gives the audio and the words of the conversations of a unit."""
 
     def waveform(self, conversation: Item_contra) -> np.ndarray:
         """Return float32 `[2, S]` at 24 kHz."""
 
     def words(self, conversation: Item_contra) -> list[dict]:
-        """Return the words as `WINDOW_FEATURES` has them."""
+        """Return the words in the format of `WINDOW_FEATURES`."""
 
 
 def encode(
@@ -62,22 +59,22 @@ def encode(
 ) -> EncodeReport:
     """Compose the clips of a prepared corpus into conversations and encode them.
 
-    Parts are written beside `out`, which is there when it is whole; a run that was stopped goes on after its last
-    part. With the same arguments but `rank`, several processes share the work, on any machines that see both folders.
+    Parts are staged beside `out` and published together; a run that was stopped continues after its last part. Called
+    with the same arguments except `rank`, several processes share the work, on any machines that see both folders.
 
     Args:
-        prepared: folder that `prepare` wrote.
+        prepared: folder written by `prepare`.
         codec: of the base model.
-        codec_sha256: hash that names the codec in the card.
-        variants: different sets of conversations from the same clips.
-        label: which emotion of a clip counts: `acted`, `perceived`, or `agreed` for those where both are the same.
-        batch_s: most seconds of audio in a batch, padding and both channels included; by default 640 on a GPU and
-            80 on a CPU, where larger batches fall out of its caches.
-        rank: number of this process.
+        codec_sha256: identifies the codec in the card.
+        variants: number of sets of conversations to compose from the same clips.
+        label: selects the emotion label: `acted`, `perceived`, or `agreed` (only clips where both are equal).
+        batch_s: maximum seconds of audio in a batch, including padding and both channels; by default 640 on a GPU and
+            80 on a CPU.
+        rank: index of this process.
         world_size: number of processes that share the work.
 
     Raises:
-        UserError: `prepared` is no prepared corpus, has no such labels or gives no conversation, or `out` holds
+        UserError: `prepared` is not a prepared corpus, lacks the labels or yields no conversation, or `out` holds
             something else.
     """
     composition = composition or Composition()
@@ -97,7 +94,7 @@ def encode(
         out,
         codec,
         metadata,
-        EncodeReport(count_cells(units), dropped),
+        EncodeReport(count_groups(units), dropped),
         batch_s=batch_s,
         rank=rank,
         world_size=world_size,
@@ -107,7 +104,7 @@ def encode(
 
 def encode_units(
     units: Sequence[Unit[Item]],
-    read: Callable[[Sequence[Item]], Sound[Item]],
+    read: Callable[[Sequence[Item]], ConversationSource[Item]],
     out: Path,
     codec: Codec,
     metadata: Mapping[str, Any],
@@ -118,53 +115,80 @@ def encode_units(
     world_size: int,
     progress: bool,
 ) -> EncodeReport:
-    """Encode this process's share of the units and publish the table if no other process has work left.
+    """Encode this process's share of the units; publish the table if no other process has work left.
 
     Args:
-        read: gives sound and words of a unit's conversations.
+        read: returns audio and words of a unit's conversations.
         metadata: what the table depends on, and `corpus, title, license, notice` for the card.
         report: for the card.
 
     Returns:
-        the report; it says whether the table is in its place.
+        the report, with `is_complete` set if the table is published.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     batch_s = batch_s or (GPU_BATCH_S if codec.device.type == "cuda" else CPU_BATCH_S)
     facts = {"stage": "codes", "version": WINDOWS_VERSION, "num_codebooks": codec.num_codebooks, **metadata}
     facts = json.loads(json.dumps(facts))
-    facts["fingerprint"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    staging = Staging(out, facts["fingerprint"])
-    if staging.is_published():
+    facts["fingerprint"] = fingerprint_of(facts)
+    staged = StagedTable(out, facts["fingerprint"])
+    if staged.is_published():
         return replace(report, is_new=False)
-    own_units = units[rank::world_size]
-    total_s = sum(unit.duration_s for unit in own_units)
+    parts = [staged.part(f"{facts['fingerprint'][:12]}/{unit.split}/{unit.name}") for unit in units]
+    staged.folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after the first unit
+    share = list(zip(units, parts, strict=True))[rank::world_size]
+    total_s = sum(unit.duration_s for unit, _ in share)
     with tqdm(total=round(total_s), unit="s", desc=f"encode {facts['corpus']}", disable=not progress) as bar:
-        for unit in own_units:
-            if staging.has(unit):
+        for unit, part in share:
+            if part.exists():
                 bar.update(round(unit.duration_s))
                 continue
             try:
-                with staging.part(unit, WINDOW_FEATURES) as writer:
+                with ShardWriter(part, WINDOW_FEATURES, compression="zstd") as writer:
                     for table in _encode_unit(unit, read(unit.conversations), facts["corpus"], codec, batch_s, bar):
                         writer.write(table)
-            except FileNotFoundError:  # another run with the same settings was faster and removed all that was staged
-                if not staging.is_published():
+            except FileNotFoundError:  # another run with the same settings published and removed the staging folder
+                if not staged.is_published():
                     raise
-                return report
+                break
+    return replace(report, is_complete=_publish(staged, units, parts, facts, report))
 
-    def card(table: Path, splits: Mapping[str, SplitInfo]) -> None:
-        write_card(
-            table,
-            features=WINDOW_FEATURES,
-            title=f"{facts['title']}: Mimi codes of conversations",
-            license=facts["license"],
-            splits=splits,
-            metadata=facts,
-            body=_card_body(report, facts),
-            languages=sorted({c.language for unit in units for c in unit.conversations if c.language is not None}),
-        )
 
-    return replace(report, is_complete=staging.publish_table(units, WINDOW_FEATURES, card))
+def _publish(
+    staged: StagedTable, units: Sequence[Unit], parts: Sequence[Path], facts: Mapping[str, Any], report: EncodeReport
+) -> bool:
+    """Merge the parts and publish the table, unless parts are missing or another process does it.
+
+    Returns:
+        whether the table is published now.
+    """
+    if not all(part.exists() for part in parts) and not staged.is_published():
+        return False
+    try:
+        with staged.lock(timeout_s=0.0):
+            if staged.is_published():
+                staged.remove()
+                return True
+            groups: dict[tuple[str, str], list[Piece]] = {}
+            for unit, part in zip(units, parts, strict=True):
+                groups.setdefault((unit.split, unit.group), []).append(Piece(part, part.stat().st_size))
+            table = staged.table(staged.fingerprint[:12])
+            for path, pieces in plan_shards(table, groups).items():
+                if not path.exists():
+                    merge_pieces(pieces, path, WINDOW_FEATURES, compression="zstd")
+            write_card(
+                table,
+                features=WINDOW_FEATURES,
+                title=f"{facts['title']}: Mimi codes of conversations",
+                license=facts["license"],
+                splits=count_splits(table),
+                metadata=facts,
+                body=_card_body(report, facts),
+                languages=sorted({c.language for unit in units for c in unit.conversations if c.language is not None}),
+            )
+            staged.publish(table)
+            return True
+    except InUseError:
+        return staged.is_published()
 
 
 def window_table(
@@ -193,21 +217,21 @@ def window_table(
 
 
 def _encode_unit(
-    unit: Unit[Item], sound: Sound[Item], corpus: str, codec: Codec, batch_s: float, bar: tqdm
+    unit: Unit[Item], source: ConversationSource[Item], corpus: str, codec: Codec, batch_s: float, bar: tqdm
 ) -> list[pa.Table]:
-    """Encode the conversations of a unit, longest batches first; return their rows in order."""
+    """Encode the conversations of a unit, longest first; return their rows in order."""
     tables: dict[str, pa.Table] = {}
     for batch in _batches(unit.conversations, batch_s):
-        waveforms = [sound.waveform(conversation) for conversation in batch]
+        waveforms = [source.waveform(conversation) for conversation in batch]
         for conversation, codes in zip(batch, codec.encode(waveforms), strict=True):
-            words = sound.words(conversation)
+            words = source.words(conversation)
             tables[conversation.id] = window_table(conversation, codes, corpus, unit.split, words)
         bar.update(round(sum(samples_to_seconds(conversation.num_samples) for conversation in batch)))
     return [tables[conversation.id] for conversation in unit.conversations]
 
 
 def _batches(conversations: Sequence[Item], batch_s: float) -> list[list[Item]]:
-    """Put conversations of like length together, two channels each, up to `batch_s` seconds with padding."""
+    """Batch conversations of similar length, two channels each, up to `batch_s` seconds including padding."""
     batches: list[list[Item]] = []
     for conversation in sorted(conversations, key=lambda c: (-c.num_samples, c.id)):
         longest_s = samples_to_seconds(batches[-1][0].num_samples) if batches else 0.0

@@ -1,13 +1,9 @@
-"""Run tasks in processes that end when they are told to, when one fails, and when their parent is gone.
-
-A folder that only one run may work in is locked by `alone_in`.
-"""
+"""A process pool whose workers stop when asked to, when a task fails, and when their parent process is gone."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -15,27 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from hf_csm.errors import UserError
 
 
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None  # type: ignore[assignment]
-
-
-LOCK_NAME = "lock"
-LOCK_WAIT_S = 5.0
-"""The workers of a killed run hold its lock too, until they see that it is gone."""
 _stop: Any = None
 
 
 class Stopped(Exception):
-    """The run was told to end while a task was under way; the task left nothing that counts."""
+    """The run was stopped while a task was under way."""
 
 
 def usable_cores() -> int:
@@ -43,66 +28,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def alone_in(folder: Path, refusal: UserError) -> Iterator[None]:
-    """Make `folder` and keep every other run out of it. The lock goes with the processes that hold it.
-
-    Raises:
-        UserError: `refusal`, if another run works there and does not end within `LOCK_WAIT_S`.
-    """
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file_id = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another run has just removed the folder
-            continue
-        try:
-            if not _lock(file_id):
-                if time.monotonic() >= deadline:
-                    raise refusal
-                time.sleep(0.1)
-            elif _is_at(file_id, folder / LOCK_NAME):
-                yield
-                return
-        finally:
-            os.close(file_id)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder that this process is `alone_in`, the lock last, so that nobody comes in before."""
-    with suppress(OSError):  # what cannot be removed harms nobody; Windows keeps open files
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != LOCK_NAME:
-                path.unlink()
-        (folder / LOCK_NAME).unlink()
-        folder.rmdir()
-
-
-def _is_at(file_id: int, path: Path) -> bool:
-    """Say whether an open file is still the one at `path`: a lock that was removed with its folder locks nothing."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file_id))
-    except FileNotFoundError:
-        return False
-
-
-def _lock(file_id: int) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file_id, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
-
-
 def stop_if_asked() -> None:
-    """End the task here if the run is over. Long tasks call this between rows."""
+    """Raise `Stopped` if the run was stopped. Long tasks call this between rows."""
     if _stop is not None and _stop.is_set():
         raise Stopped
 
@@ -110,15 +37,15 @@ def stop_if_asked() -> None:
 def run_tasks(
     tasks: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], num_workers: int, method: str
 ) -> Iterator[tuple[int, Any]]:
-    """Run `function(*arguments)` of each task and yield its index and result as they come.
+    """Run `function(*arguments)` of each task and yield its index and result as they complete.
 
-    With one worker, everything runs in this process. On the first error, and when the caller stops listening
-    (Ctrl-C), no further task starts and those under way end at their next `stop_if_asked`.
+    With one worker, everything runs in this process. On the first error, and when the generator is closed (Ctrl-C),
+    no further task starts and those under way end at their next `stop_if_asked`.
 
     Args:
-        tasks: functions and arguments that can be pickled.
+        tasks: functions and arguments; both must be picklable.
         num_workers: processes, at most one per task.
-        method: how processes start: `fork` (`spawn` where the system has no safe fork) or `spawn`.
+        method: start method: `fork` (`spawn` on systems without a safe fork) or `spawn`.
     """
     num_workers = min(num_workers, len(tasks))
     if num_workers <= 1:
@@ -146,7 +73,7 @@ def run_tasks(
 def _begin(stop: Any, parent_id: int, num_workers: int) -> None:
     global _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and says stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and sets `_stop`
     os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // num_workers))  # read when torch is imported
     threading.Thread(target=_end_with_parent, args=(parent_id,), daemon=True).start()
 

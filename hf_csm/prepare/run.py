@@ -1,9 +1,8 @@
-"""Prepare: a raw corpus becomes `prepared/<corpus>`, a table of utterance rows, checked, whole or not at all.
+"""Prepare: turn a raw corpus into `prepared/<corpus>`, a checked table of utterance rows.
 
-All work goes into `.<name>.partial` beside the table. One process makes the rows of a shard and leaves them there as
-a part, which is named by the files of its shard and the options: whatever stopped a run and whatever was mended
-since, the next one makes only the parts that are missing. Parts are then merged by split and emotion, and one rename
-publishes the table.
+The rows of each corpus shard become a part of a `StagedTable`, named by a hash of the shard's files and the options.
+Whatever stopped a run and whichever files were replaced since, the next run makes only the parts that are missing.
+Parts are then merged by split and emotion, and one rename publishes the table.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,14 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_csm.corpora import make_builder
-from hf_csm.data.labels import EMOTIONS, UNLABELLED
-from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
-from hf_csm.data.table import CARD_NAME, SplitInfo, read_card_metadata, shard_name, split_files, write_card
+from hf_csm.data.schema import UTTERANCE_FEATURES
+from hf_csm.data.staged_table import StagedTable, merge_pieces, plan_shards
+from hf_csm.data.table import count_splits, read_card_metadata, write_card
 from hf_csm.errors import UserError
 from hf_csm.prepare.builder import CorpusBuilder
 from hf_csm.prepare.checks import hash_listing, hash_shard
-from hf_csm.prepare.parts import Part, Piece, make_part, merge_pieces, plan_pieces, read_part
-from hf_csm.prepare.pool import alone_in, remove_folder, run_tasks, usable_cores
+from hf_csm.prepare.parts import GroupCounts, Part, make_part, plan_pieces, read_part
+from hf_csm.prepare.pool import run_tasks, usable_cores
 from hf_csm.prepare.prosody_plots import draw_prosody
 from hf_csm.prepare.utterance import Shard, Tally
 
@@ -50,14 +48,14 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What a prepare did.
+    """Result of a prepare.
 
     Attributes:
         corpus: its name.
         out: folder of the table.
-        is_new: `False` if the table was there already.
+        is_new: `False` if the table existed already.
         rows: one per split and emotion that has clips.
-        adjustments: `[action, reason, count, example]` of what was dropped, repaired or done otherwise.
+        adjustments: `[action, reason, count, example]` of clips that were dropped, repaired or otherwise changed.
         alignments: number of clips by source of their word times.
     """
 
@@ -79,7 +77,7 @@ class PrepareReport:
         return sum(row.hours for row in self.rows)
 
     def render(self) -> str:
-        """Return the report as Markdown tables, which read well in a terminal too."""
+        """Return the report as Markdown tables, readable in a terminal too."""
         cells = [[r.split, r.emotion, f"{r.num_clips:,}", f"{r.hours:.3f}", str(r.num_speakers)] for r in self.rows]
         cells.append(["all", "", f"{self.num_clips:,}", f"{self.hours:.3f}", ""])
         parts = [_markdown(["split", "emotion", "clips", "hours", "speakers"], cells, num_left=2)]
@@ -105,60 +103,70 @@ def prepare(
     progress: bool = True,
     **options: Any,
 ) -> PrepareReport:
-    """Turn a raw corpus into a prepared table. Run again after an interruption, it goes on where it stopped.
+    """Turn a raw corpus into a prepared table. Run again after an interruption, it continues where it stopped.
 
     Args:
         corpus: a module of `dataset_builders`.
         raw: folder, zip or URL of the raw corpus, or several; `None` downloads it.
-        out: folder of the table, or a link to it, which must not exist, unless it is this very table: of files of
-            these names and sizes, with these options.
+        out: folder of the table, or a link to it. It must not exist, unless it is the table of the same files (by
+            name and size) and options.
         num_workers: processes; all cores by default (at most 4 with `align_model`).
         align_model: a CTC model for word times; `None` takes the energy of the clip.
-        prosody: measure pitch, loudness and rate of every clip, and draw them in the card.
+        prosody: measure pitch, loudness and speaking rate of every clip, and plot them in the card.
         overwrite: replace the table at `out` if it is of other input or options.
-        progress: show a bar.
+        progress: show a progress bar.
         options: of the corpus.
 
     Raises:
-        UserError: raw corpus or options are wrong, `out` holds something else, cannot be written or is being written
-            by another run, no clip is left, or a check failed: no speaker and no identical audio in two splits.
-            Nothing is published then.
+        UserError: raw corpus or options are invalid, `out` holds something else, cannot be written or is being
+            written by another run, no clip is left, or a speaker or a recording is in two splits. Nothing is
+            published then.
     """
     out = Path(out).expanduser()
     builder = make_builder(corpus, raw, align_model=align_model, prosody=prosody, **options)
     shards, tally = builder.shards()
     fingerprint = _fingerprint(builder, hash_listing(shards))
-    target = Path(os.path.realpath(out))
-    staging = target.parent / f".{target.name}.partial"
-    refusal = UserError(f"Another prepare is writing {out}.", "Wait for it, or name another folder with --out.")
+    staged = StagedTable(
+        out,
+        fingerprint,
+        overwrite=overwrite,
+        remedy="Give --overwrite to replace it, or name another folder with --out.",
+    )
     num_workers = num_workers or (usable_cores() if align_model is None else min(4, usable_cores()))
     try:
-        if _is_done(out, fingerprint, overwrite) and not staging.exists():
+        if staged.is_published() and not staged.folder.exists():
             return _report_from_card(out)
-        with alone_in(staging, refusal):
-            if _is_done(out, fingerprint, overwrite):  # a run cut short after it, or one that ended just now
-                remove_folder(staging)
+        with staged.lock():
+            if staged.is_published():  # by a run that was killed before it could clean up, or that ended just now
+                staged.remove()
                 return _report_from_card(out)
-            parts = _make_parts(builder, shards, staging / "parts", num_workers, progress)
-            pieces, dropped = plan_pieces(parts)
+            parts = _make_parts(builder, shards, staged, num_workers, progress)
+            pieces, counts, dropped = plan_pieces(parts)
             for reason, id_ in dropped:
                 tally.add("dropped", reason, id_)
-            report = _report(corpus, out, parts, pieces, tally)
+            report = _report(corpus, out, parts, counts, tally)
             if not report.rows:
                 reasons = "; ".join(f"{count:,} {reason}" for _, reason, count, _ in report.adjustments)
                 raise UserError(
                     f"{builder.TITLE}: no clips are left: {reasons}.",
-                    "Check that the raw corpus is whole, or choose other options.",
+                    "Check that the raw corpus is complete, or choose other options.",
                 )
-            table = _open_table(staging, parts)
-            _merge(pieces, table, num_workers)
+            names = "".join(part.path.name for part in parts)
+            table = staged.table(hashlib.sha256(names.encode()).hexdigest()[:16])
+            tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+                (merge_pieces, (shard_pieces, path, UTTERANCE_FEATURES))
+                for path, shard_pieces in plan_shards(table, pieces).items()
+                if not path.exists()
+            ]
+            for _ in run_tasks(tasks, num_workers, "fork"):
+                pass
             languages = sorted({utterance.language for shard in shards for utterance in shard.utterances})
             _write_card(builder, table, report, fingerprint, languages)
-            _publish(table, staging, target)
+            staged.publish(table)
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: cannot be written ({error.strerror or error}).",
-            "Free space, or name another folder with --out. What is done so far is kept.",
+            "Free space, or name another folder with --out. Completed work is kept.",
         ) from error
     return report
 
@@ -170,38 +178,16 @@ def _fingerprint(builder: CorpusBuilder, listing: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _is_done(out: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Say whether `out` is this table; raise if it is something that must stay."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        metadata = read_card_metadata(out)
-    except UserError as error:
-        raise UserError(
-            f"{out}: exists and is not a table of hf-csm.", "Name another folder with --out; this one is left alone."
-        ) from error
-    if metadata.get("stage") == "prepared" and metadata.get("fingerprint") == fingerprint and not overwrite:
-        return True
-    if not overwrite:
-        raise UserError(
-            f"{out}: exists, made of other files or with other options.",
-            "Give --overwrite to replace it, or name another folder with --out.",
-        )
-    return False
-
-
 def _make_parts(
-    builder: CorpusBuilder, shards: list[Shard], folder: Path, num_workers: int, progress: bool
+    builder: CorpusBuilder, shards: list[Shard], staged: StagedTable, num_workers: int, progress: bool
 ) -> list[Part]:
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{_fingerprint(builder, hash_shard(shard))}.arrow" for shard in shards]
+    paths = [staged.part(_fingerprint(builder, hash_shard(shard))) for shard in shards]
     parts: dict[int, Part] = {}
     tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     indices = []
     for index, path in enumerate(paths):
-        found = read_part(path)
-        if found is not None:
-            parts[index] = found
+        if path.exists():
+            parts[index] = read_part(path)
         else:
             indices.append(index)
             tasks.append((make_part, (builder, shards[index], path)))
@@ -216,58 +202,22 @@ def _make_parts(
     return [parts[index] for index in range(len(shards))]
 
 
-def _open_table(staging: Path, parts: list[Part]) -> Path:
-    """Return the folder for the table of these very parts; a table begun from others is removed."""
-    names = hashlib.sha256("".join(Path(part.path).name for part in parts).encode()).hexdigest()[:16]
-    table = staging / f"table-{names}"
-    for other in staging.glob("table*"):
-        if other != table:
-            shutil.rmtree(other, ignore_errors=True)
-    return table
-
-
-def _merge(pieces: dict[tuple[str, str], list[list[Piece]]], table: Path, num_workers: int) -> None:
-    tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    for (split, emotion), files in pieces.items():
-        for index, file_pieces in enumerate(files):
-            path = table / "data" / split / shard_name(emotion, index, len(files))
-            if not path.exists():  # it was renamed when whole, and the plan follows from the parts
-                tasks.append((merge_pieces, (file_pieces, path)))
-    for _ in run_tasks(tasks, num_workers, "fork"):
-        pass
-
-
 def _report(
-    corpus: str, out: Path, parts: Iterable[Part], pieces: dict[tuple[str, str], list[list[Piece]]], tally: Tally
+    corpus: str, out: Path, parts: list[Part], counts: Mapping[tuple[str, str], GroupCounts], tally: Tally
 ) -> PrepareReport:
-    alignments: dict[str, int] = {}
     for part in parts:
         tally.add_rows(part.tally)
-    rows = []
-    for split in SPLITS:
-        for emotion in (*EMOTIONS, UNLABELLED):
-            found = [piece for file in pieces.get((split, emotion), []) for piece in file]
-            if not found:
-                continue
-            for piece in found:
-                for source, count in piece.alignments.items():
-                    alignments[source] = alignments.get(source, 0) + count
-            seconds = sum(piece.duration_s for piece in found)
-            speakers = frozenset[str]().union(*(piece.speaker_ids for piece in found))
-            num_clips = sum(piece.num_rows for piece in found)
-            rows.append(ReportRow(split, emotion, num_clips, round(seconds / 3600, 6), len(speakers)))
+    rows = [
+        ReportRow(split, emotion, count.num_clips, round(count.duration_s / 3600, 6), len(count.speaker_ids))
+        for (split, emotion), count in counts.items()
+    ]
+    alignments = sum((count.alignments for count in counts.values()), Counter[str]())
     return PrepareReport(corpus, out, True, rows, tally.rows(), dict(sorted(alignments.items())))
 
 
 def _write_card(
     builder: CorpusBuilder, table: Path, report: PrepareReport, fingerprint: str, languages: list[str]
 ) -> None:
-    splits = {}
-    for split in SPLITS:
-        files = split_files(table, split)
-        if files:
-            num_rows = sum(row.num_clips for row in report.rows if row.split == split)
-            splits[split] = SplitInfo(num_rows, sum(file.stat().st_size for file in files))
     prosody = f"\n{draw_prosody(table).strip()}\n" if builder.config.prosody else ""
     body = f"""
 {builder.TITLE}, prepared by hf-csm: one row is one clip of one speaker, 24 kHz mono FLAC with its transcript, word
@@ -310,7 +260,7 @@ Source: {builder.HOMEPAGE}. Licence: {builder.LICENSE}.
         features=UTTERANCE_FEATURES,
         title=f"{builder.TITLE}, prepared",
         license=builder.LICENSE,
-        splits=splits,
+        splits=count_splits(table),
         metadata=metadata,
         body=body,
         languages=languages,
@@ -322,17 +272,6 @@ def _report_from_card(out: Path) -> PrepareReport:
     stored = metadata["report"]
     rows = [ReportRow(*row) for row in stored["rows"]]
     return PrepareReport(metadata["corpus"], out, False, rows, stored["adjustments"], stored["alignments"])
-
-
-def _publish(table: Path, staging: Path, out: Path) -> None:
-    """Rename the table to its place. What `overwrite` replaces stays until the new one is there."""
-    assert (table / CARD_NAME).is_file(), table
-    replaced = staging / "replaced"
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(out, replaced)
-    os.replace(table, out)
-    remove_folder(staging)
 
 
 def _markdown(header: list[str], rows: list[list[str]], num_left: int) -> str:

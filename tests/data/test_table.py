@@ -8,6 +8,8 @@ from hf_csm.data.table import (
     ParquetRows,
     ShardWriter,
     SplitInfo,
+    check_schema,
+    count_splits,
     nested_to_numpy,
     read_card_metadata,
     read_columns,
@@ -124,3 +126,54 @@ def test_audio_features_survive_the_file(tmp_path):
     row = next(iter(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)))
     assert row["audio"] == {"bytes": b"fLaC", "path": "x.flac"}
     assert row["emotion"] is None
+
+
+def old_table(folder, features, metadata):
+    """Write a table of one row as a version with these features would have."""
+    with ShardWriter(folder / "data" / "train" / shard_name("happy", 0, 1), features) as writer:
+        writer.write([{"id": "a"}])
+    write_card(
+        folder, features=features, title="t", license="other", splits=count_splits(folder), metadata=metadata, body="b"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("features", "metadata", "command"),
+    [
+        (
+            UTTERANCE_FEATURES,
+            {"stage": "prepared", "corpus": "mine", "builder": "csv_manifest"},
+            "prepare csv_manifest",
+        ),
+        (WINDOW_FEATURES, {"stage": "codes", "corpus": "ravdess"}, "encode prepared/ravdess"),
+        (WINDOW_FEATURES, {"stage": "codes", "corpus": "talk", "manifest": "talk.jsonl"}, "encode talk.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("difference", ["missing", "type", "labels"])
+def test_a_table_of_another_version_is_refused_with_the_command_that_makes_it(
+    tmp_path, features, metadata, command, difference
+):
+    old = features.copy()
+    if difference == "missing":
+        del old["speaker_id"]
+    else:
+        other = {
+            "type": ("speaker_id", datasets.Value("int32")),
+            "labels": ("emotion", datasets.ClassLabel(names=["x"])),
+        }
+        old.update([other[difference]])
+    table = old_table(tmp_path / "old", old, metadata)
+    with pytest.raises(UserError, match="another version") as caught:
+        check_schema(table, features)
+    assert f"hf-csm {command}" in caught.value.remedy and str(table) in caught.value.remedy
+    check_schema(old_table(tmp_path / "new", features, metadata), features)
+
+
+def test_an_optional_column_may_be_missing(tmp_path):
+    old = WINDOW_FEATURES.copy()
+    del old["language"]
+    table = old_table(tmp_path / "old", old, {"stage": "codes", "corpus": "ravdess"})
+    check_schema(table, WINDOW_FEATURES, optional=("language",))
+    with pytest.raises(UserError, match="'language'"):
+        check_schema(table, WINDOW_FEATURES)

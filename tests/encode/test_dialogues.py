@@ -180,7 +180,7 @@ def manifest(tmp_path):
 
 def test_the_table_has_cells_with_and_without_emotion(manifest, mimi, tmp_path):
     report = encode_talk(manifest, tmp_path / "out", mimi)
-    assert {cell: count for cell, (count, _) in report.cells.items()} == {
+    assert {group: count for group, (count, _) in report.groups.items()} == {
         ("train", "unlabelled"): 6,
         ("train", "happy"): 2,
     }
@@ -205,7 +205,7 @@ def test_the_table_has_cells_with_and_without_emotion(manifest, mimi, tmp_path):
 
 
 def test_stopped_or_shared_it_gives_the_same_table(manifest, mimi, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_csm.encode.staging.BLOCK_CONVERSATIONS", 2)
+    monkeypatch.setattr("hf_csm.encode.compose.BLOCK_CONVERSATIONS", 2)
     encode_talk(manifest, tmp_path / "straight", mimi)
     real, calls = MimiCodec.encode, []
 

@@ -5,7 +5,7 @@ from hf_csm.data.labels import EMOTIONS
 from hf_csm.data.schema import UTTERANCE_FEATURES
 from hf_csm.data.table import ROWS_PER_GROUP, ShardWriter
 from hf_csm.encode.compose import MOSHI, USER, Composition
-from hf_csm.encode.prepared_corpus import PreparedCorpus, plan_shards
+from hf_csm.encode.prepared_corpus import PreparedCorpus, plan_units
 from hf_csm.errors import UserError
 
 
@@ -48,9 +48,9 @@ VOTED = [make_row("a1", "happy", "happy"), make_row("a2", "happy", "sad"), make_
     ],
 )
 def test_the_label_chooses_what_moshi_is_taught(tmp_path, label, expected, dropped):
-    units, counts = plan_shards(write_rows(tmp_path, VOTED), COMPOSITION, 1, label)
+    units, counts = plan_units(write_rows(tmp_path, VOTED), COMPOSITION, 1, label)
     assert {clip.id: clip.emotion for clip in turns_of(units, MOSHI)} == expected
-    assert {(unit.cell, c.emotion) for unit in units for c in unit.conversations} == {
+    assert {(unit.group, c.emotion) for unit in units for c in unit.conversations} == {
         (emotion, emotion) for emotion in expected.values()
     }
     assert counts == dropped
@@ -58,7 +58,7 @@ def test_the_label_chooses_what_moshi_is_taught(tmp_path, label, expected, dropp
 
 def test_a_clip_without_the_label_can_still_be_the_users(tmp_path):
     files = write_rows(tmp_path, [*VOTED, *(make_row(f"a{i}", "happy", "happy") for i in range(3, 20))])
-    units, _ = plan_shards(files, COMPOSITION, 1, "agreed")
+    units, _ = plan_units(files, COMPOSITION, 1, "agreed")
     assert {clip.id for clip in turns_of(units, USER)} == {"b1"}
 
 
@@ -66,12 +66,12 @@ def test_a_clip_without_the_label_can_still_be_the_users(tmp_path):
 def test_a_corpus_without_raters_has_no_perceived_label(tmp_path, label):
     files = write_rows(tmp_path, [make_row("a1", "happy"), make_row("b1", "sad")])
     with pytest.raises(UserError, match=f"--label {label}"):
-        plan_shards(files, COMPOSITION, 1, label)
+        plan_units(files, COMPOSITION, 1, label)
 
 
 def test_an_unknown_label_is_refused(tmp_path):
     with pytest.raises(UserError, match="'heard'"):
-        plan_shards(write_rows(tmp_path, VOTED), COMPOSITION, 1, "heard")
+        plan_units(write_rows(tmp_path, VOTED), COMPOSITION, 1, "heard")
 
 
 def test_what_is_left_out_is_counted_by_reason(tmp_path):
@@ -81,7 +81,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path):
         make_row("b2", "sad", words=[]),
         make_row("b3", "sad", words=[{**WORDS[0], "end_s": 30.0}], duration_s=31.0),
     ]
-    units, dropped = plan_shards(write_rows(tmp_path, rows), COMPOSITION, 1)
+    units, dropped = plan_units(write_rows(tmp_path, rows), COMPOSITION, 1)
     assert {clip.id for clip in turns_of(units, MOSHI)} == {"a1"}
     assert dropped == {
         "without an emotion label": 1,
@@ -96,7 +96,7 @@ def test_times_are_those_of_the_clips_own_words(tmp_path):
         make_row("a2", "happy", words=[{"word": "oh", "start_s": 1.0, "end_s": 1.25}]),
         make_row("a3", "happy"),
     ]
-    units, _ = plan_shards(write_rows(tmp_path, rows), Composition(duration_s=20.0, margin_s=0.0), 1)
+    units, _ = plan_units(write_rows(tmp_path, rows), Composition(duration_s=20.0, margin_s=0.0), 1)
     parts = {clip.id: (clip.offset / 24_000, clip.num_samples / 24_000) for clip in turns_of(units, MOSHI)}
     assert parts == {"a2": (1.0, 0.25), "a3": (0.5, pytest.approx(0.9, abs=1e-4))}
 

@@ -10,12 +10,13 @@ from datasets import load_dataset
 
 import hf_csm.encode.compose
 import hf_csm.encode.run
-import hf_csm.encode.staging
 from hf_csm.data.audio import decode_audio
 from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
 from hf_csm.data.table import ParquetRows, ShardWriter, read_card_metadata, read_columns, split_files
 from hf_csm.encode.compose import Composition, compose
-from hf_csm.encode.run import encode, plan_shards
+from hf_csm.encode.moshi_finetune import export_manifest
+from hf_csm.encode.prepared_corpus import plan_units
+from hf_csm.encode.run import encode
 from hf_csm.errors import UserError
 from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint
 from hf_csm.models.moshi.codec import MimiCodec, load_codec
@@ -65,8 +66,8 @@ def test_stored_codes_are_those_of_the_streaming_encoder(codes, prepared, mimi):
     stored = {row["id"]: np.asarray(row["codes"]) for row in load_dataset(str(codes), split="train")}
     files = [path for split in SPLITS for path in split_files(prepared, split)]
     clips = ParquetRows(files)
-    shards, _ = plan_shards(files, COMPOSITION, variants=1)
-    conversations = [c for shard in shards if shard.split == "train" for c in shard.conversations]
+    units, _ = plan_units(files, COMPOSITION, variants=1)
+    conversations = [c for unit in units if unit.split == "train" for c in unit.conversations]
     for conversation in (
         min(conversations, key=attrgetter("num_samples")),
         max(conversations, key=attrgetter("num_samples")),
@@ -80,7 +81,7 @@ def test_stored_codes_are_those_of_the_streaming_encoder(codes, prepared, mimi):
 
 def test_rows_stand_in_the_order_of_the_plan(codes, prepared):
     files = [path for split in SPLITS for path in split_files(prepared, split)]
-    units, _ = plan_shards(files, COMPOSITION, variants=1)
+    units, _ = plan_units(files, COMPOSITION, variants=1)
     planned = [f"ravdess-{conversation.id}" for unit in units for conversation in unit.conversations]
     written = [path for split in SPLITS for path in split_files(codes, split)]
     assert read_columns(written, ["id"]).column("id").to_pylist() == planned
@@ -111,9 +112,8 @@ def test_encoding_again_does_nothing(codes, prepared, mimi, base):
 
 @pytest.fixture
 def small_units(monkeypatch):
-    """Units of one or two conversations, so that every cell has several, and a codec that takes no time."""
-    for module in (hf_csm.encode.compose, hf_csm.encode.staging):
-        monkeypatch.setattr(module, "BLOCK_CONVERSATIONS", 2)
+    """Units of one or two conversations, so that every group has several, and a fast stand-in for the codec."""
+    monkeypatch.setattr(hf_csm.encode.compose, "BLOCK_CONVERSATIONS", 2)
     monkeypatch.setattr(MimiCodec, "encode", loudness_codes)
 
 
@@ -163,7 +163,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_table(straight, prepared, mimi
 def test_many_processes_make_the_table_of_one(straight, prepared, mimi, tmp_path, order):
     *first, last = [encode_some(prepared, tmp_path / "out", mimi, rank=rank, world_size=len(order)) for rank in order]
     assert not any(report.is_complete for report in first)
-    assert "other processes" in first[0].render()
+    assert "Other processes" in first[0].render()
     assert last.is_complete
     assert files_of(tmp_path / "out") == straight
     # One that comes late finds the table.
@@ -203,7 +203,7 @@ def test_a_run_whose_staging_another_one_removes_ends_well_if_the_table_is_there
         if is_published:
             encode_some(prepared, tmp_path / "out", mimi)
         else:
-            shutil.rmtree(next(tmp_path.glob(".out.*.partial")))
+            shutil.rmtree(tmp_path / ".out.partial")
         return codec(*args)
 
     monkeypatch.setattr(MimiCodec, "encode", overtaken)
@@ -221,6 +221,17 @@ def test_half_a_corpus_is_not_encoded(prepared, tmp_path):
     next(copy.glob("data/train/*.parquet")).unlink()
     with pytest.raises(UserError, match="copy: not a whole table"):
         encode(copy, tmp_path / "out", None, "0", progress=False)
+
+
+def test_a_prepared_table_of_another_version_is_refused_with_the_command_that_makes_it(prepared, tmp_path):
+    old = shutil.copytree(prepared, tmp_path / "old")
+    for path in old.rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["sentence_id"]), path)
+    restate_sizes(old)
+    for make in (encode, export_manifest):
+        arguments = (None, "0") if make is encode else ()
+        with pytest.raises(UserError, match=r"'sentence_id'.*\n.*hf-csm prepare ravdess"):
+            make(old, tmp_path / "out", *arguments, progress=False)
 
 
 def test_the_label_is_in_the_card(codes, prepared, mimi, tmp_path):
@@ -258,7 +269,7 @@ def test_variants_compose_other_conversations(prepared, mimi, base, tmp_path):
     rows = load_dataset(str(tmp_path / "two"), split="train")
     assert set(rows["variant"]) == {0, 1}
     assert len(set(rows["id"])) == len(rows)
-    assert sum(count for count, _ in report.cells.values()) == sum(
+    assert sum(count for count, _ in report.groups.values()) == sum(
         len(split) for split in load_dataset(str(tmp_path / "two")).values()
     )
 

@@ -10,10 +10,9 @@ import pytest
 
 from hf_csm.data.audio import decode_audio, hash_samples, to_int16
 from hf_csm.data.schema import UTTERANCE_FEATURES
+from hf_csm.data.staged_table import StagedTable
 from hf_csm.errors import UserError
-from hf_csm.prepare import parts
 from hf_csm.prepare.builder import CorpusBuilder
-from hf_csm.prepare.pool import alone_in
 from hf_csm.prepare.run import prepare
 from hf_csm.testing.ravdess import clip_bytes, wav_bytes, write_ravdess
 from tests.doubles.waiting import wait_until
@@ -59,7 +58,7 @@ def test_the_table_loads_and_its_rows_are_right(done, tmp_path):
     ]
 
 
-def test_the_report_says_what_there_is_and_what_was_changed(done):
+def test_the_report_counts_clips_and_adjustments(done):
     _, report = done
     assert report.is_new and report.num_clips == 39
     happy = next(row for row in report.rows if (row.split, row.emotion) == ("train", "happy"))
@@ -70,7 +69,7 @@ def test_the_report_says_what_there_is_and_what_was_changed(done):
     assert all(len(line) == len(text.splitlines()[0]) for line in text.split("\n\n")[0].splitlines())
 
 
-def test_nothing_is_left_beside_the_table(done):
+def test_no_staging_folder_remains(done):
     out, _ = done
     assert list(out.parent.iterdir()) == [out]
 
@@ -89,7 +88,7 @@ def test_a_second_run_does_nothing_and_reports_the_same(raw, done):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_a_run_that_broke_goes_on_and_ends_the_same(raw, done, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_same_result(raw, done, tmp_path, monkeypatch):
     out = tmp_path / "ravdess"
     read = []
     rows = CorpusBuilder.rows
@@ -106,15 +105,19 @@ def test_a_run_that_broke_goes_on_and_ends_the_same(raw, done, tmp_path, monkeyp
         prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert not out.exists()
     found = [path.suffix for path in (tmp_path / ".ravdess.partial" / "parts").iterdir()]
-    assert (found.count(".arrow"), found.count(".json")) == (2, 2)
+    assert found == [".parquet", ".parquet"]
     prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert read == [f"ravdess-{actor:02d}" for actor in (1, 7, 17, 17, 18, 21)]
     assert contents(out) == contents(done[0])
 
 
-@pytest.mark.parametrize("step", ["_merge", "_publish"])
+@pytest.mark.parametrize(
+    "step",
+    ["hf_csm.prepare.run.plan_shards", "hf_csm.data.staged_table.StagedTable.publish"],
+    ids=["merge", "publish"],
+)
 @pytest.mark.parametrize("is_missing", [True, False])
-def test_what_was_made_of_other_files_is_not_trusted(raw, done, tmp_path, monkeypatch, step, is_missing):
+def test_parts_of_files_that_have_changed_are_not_reused(raw, done, tmp_path, monkeypatch, step, is_missing):
     changed = tmp_path / "raw"
     shutil.copytree(raw, changed)
     victim = changed / "Actor_21" / "03-01-03-01-01-01-21.wav"
@@ -125,7 +128,7 @@ def test_what_was_made_of_other_files_is_not_trusted(raw, done, tmp_path, monkey
         content[150_000:150_100] = bytes(range(100))
         victim.write_bytes(content)
         os.utime(victim, ns=(1, 1))
-    monkeypatch.setattr(f"hf_csm.prepare.run.{step}", _interrupt)
+    monkeypatch.setattr(step, _interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare("ravdess", changed, tmp_path / "ravdess", num_workers=1, progress=False)
     monkeypatch.undo()
@@ -138,7 +141,7 @@ def _interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-def test_a_killed_run_leaves_no_table_and_no_process_and_can_be_run_again(raw, done, tmp_path):
+def test_a_killed_run_leaves_no_table_and_no_process_and_resumes(raw, done, tmp_path):
     out = tmp_path / "ravdess"
     code = f"""
 import time
@@ -153,7 +156,7 @@ CorpusBuilder.rows = slow
 prepare("ravdess", {str(raw)!r}, {str(out)!r}, num_workers=2, progress=False)
 """
     run = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    wait_until(lambda: run.poll() is not None or list(tmp_path.glob(".ravdess.partial/parts/*.json")))
+    wait_until(lambda: run.poll() is not None or list(tmp_path.glob(".ravdess.partial/parts/*.parquet")))
     assert run.poll() is None
     run.kill()
     run.wait()
@@ -171,18 +174,20 @@ def is_alive(process_group):
     return True
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no lock")
-def test_two_runs_into_one_place_do_not_meet(raw, done, tmp_path, monkeypatch):
+def test_two_runs_with_one_output_exclude_each_other(raw, done, tmp_path, monkeypatch):
     out, staging = tmp_path / "ravdess", tmp_path / ".ravdess.partial"
-    monkeypatch.setattr("hf_csm.prepare.pool.LOCK_WAIT_S", 0.0)
-    with alone_in(staging, UserError("", "")), pytest.raises(UserError, match=r"Another prepare is writing .*ravdess"):
+    monkeypatch.setattr("hf_csm.data.staged_table.LOCK_TIMEOUT_S", 0.0)
+    with (
+        StagedTable(out, "0").lock(),
+        pytest.raises(UserError, match=r"Another process is writing .*ravdess"),
+    ):
         prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert [path.name for path in staging.iterdir()] == ["lock"] and not out.exists()
     prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert contents(out) == contents(done[0])
 
 
-def test_a_link_is_filled_at_its_target(raw, done, tmp_path):
+def test_an_output_that_is_a_link_is_written_to_its_target(raw, done, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     (tmp_path / "ravdess").symlink_to(disk)
@@ -192,7 +197,7 @@ def test_a_link_is_filled_at_its_target(raw, done, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "ravdess"]
 
 
-def test_after_a_bad_file_is_mended_only_what_is_missing_is_made(raw, done, tmp_path, monkeypatch):
+def test_after_a_bad_file_is_replaced_only_missing_parts_are_made(raw, done, tmp_path, monkeypatch):
     shutil.copytree(raw, tmp_path / "raw")
     bad = tmp_path / "raw" / "Actor_17" / "03-01-02-01-01-01-17.wav"
     good = bad.read_bytes()
@@ -213,7 +218,7 @@ def test_after_a_bad_file_is_mended_only_what_is_missing_is_made(raw, done, tmp_
     assert contents(tmp_path / "out" / "ravdess") == contents(done[0])
 
 
-def test_if_no_clip_is_left_the_reasons_are_said(tmp_path):
+def test_if_no_clip_is_left_the_error_lists_the_reasons(tmp_path):
     (tmp_path / "raw").mkdir()
     for repetition in (1, 2):
         path = tmp_path / "raw" / f"03-01-03-01-01-0{repetition}-01.wav"
@@ -224,7 +229,7 @@ def test_if_no_clip_is_left_the_reasons_are_said(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_other_things_is_left_alone(raw, tmp_path):
+def test_a_folder_with_other_files_is_not_touched(raw, tmp_path):
     (tmp_path / "ravdess").mkdir()
     (tmp_path / "ravdess" / "thesis.txt").write_text("precious")
     for overwrite in (False, True):
@@ -233,7 +238,7 @@ def test_a_folder_with_other_things_is_left_alone(raw, tmp_path):
     assert (tmp_path / "ravdess" / "thesis.txt").read_text() == "precious"
 
 
-def test_a_table_of_other_options_is_replaced_only_if_asked(raw, done, tmp_path):
+def test_a_table_of_other_options_is_replaced_only_with_overwrite(raw, done, tmp_path):
     out = tmp_path / "ravdess"
     small = tmp_path / "small"
     small.mkdir()
@@ -247,7 +252,7 @@ def test_a_table_of_other_options_is_replaced_only_if_asked(raw, done, tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_bad_file_stops_the_run_is_named_and_publishes_nothing(tmp_path, num_workers):
+def test_a_bad_file_stops_the_run_and_is_named(tmp_path, num_workers):
     raw = write_ravdess(
         tmp_path / "raw", actors=(1, 2), emotions=("calm",), statements=(1,), intensities=(1,), layout="actors"
     )
@@ -284,25 +289,18 @@ def test_the_same_recording_of_two_speakers_of_a_split_is_dropped_once(tmp_path)
     assert list(ids) == ["ravdess-03-01-03-01-01-01-01", "ravdess-03-01-03-01-01-01-03"]
 
 
-def test_a_speaker_in_two_splits_is_refused():
-    batch = parts.Batch("happy", 1, ["a"], ["ravdess-01"], ["s1"], [1.0], ["energy"])
-    other = dataclasses.replace(batch, ids=["b"], sha256s=["s2"])
-    with pytest.raises(UserError, match=r"ravdess-01 is in two splits"):
-        parts.plan_pieces([parts.Part("x", "train", [batch], []), parts.Part("y", "test", [other], [])])
+def test_large_groups_are_split_and_unlabelled_clips_have_their_own_files(raw, tmp_path, monkeypatch):
+    from dataset_builders.ravdess import Ravdess
 
-
-def test_large_cells_are_dealt_to_files_of_equal_size_and_unlabelled_clips_to_their_own():
-    batches = [
-        parts.Batch(emotion, 150_000_000, [f"{emotion}{n}"], ["s"], [f"{emotion}{n}"], [1.0], ["energy"])
-        for emotion in ("happy", "unlabelled")
-        for n in range(4)
-    ]
-    pieces, dropped = parts.plan_pieces([parts.Part("x", "train", batches, [])])
-    assert {cell: [len(file) for file in files] for cell, files in pieces.items()} == {
-        ("train", "happy"): [2, 2],
-        ("train", "unlabelled"): [2, 2],
-    }
-    assert dropped == []
+    monkeypatch.setattr(Ravdess, "LABELS", {**Ravdess.LABELS, "happy": None})
+    monkeypatch.setattr("hf_csm.data.staged_table.MAX_SHARD_BYTES", 100_000)
+    report = prepare("ravdess", raw, tmp_path / "out", num_workers=1, progress=False)
+    names = [path.name for path in (tmp_path / "out" / "data" / "validation").iterdir()]
+    for emotion in ("calm", "unlabelled"):
+        (total,) = {name[-13:-8] for name in names if name.startswith(emotion)}
+        assert int(total) == len([name for name in names if name.startswith(emotion)]) > 1
+    table = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert sum(len(rows) for rows in table.values()) == report.num_clips == 39
 
 
 def test_one_recording_under_two_labels_is_dropped_with_both(tmp_path):
@@ -315,7 +313,7 @@ def test_one_recording_under_two_labels_is_dropped_with_both(tmp_path):
     assert report.adjustments == [["dropped", "one recording under two labels", 2, "ravdess-03-01-03-01-01-01-01"]]
 
 
-def test_a_place_that_cannot_be_written_is_an_error(raw, tmp_path):
+def test_an_output_that_cannot_be_written_is_an_error(raw, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         prepare("ravdess", raw, tmp_path / "file" / "out", num_workers=1, progress=False)
@@ -334,7 +332,7 @@ def test_clips_without_a_label_have_their_own_file(tmp_path, monkeypatch):
     assert sorted(table["emotion"], key=str) == [2, None]
 
 
-def test_times_and_words_follow_the_sound(done):
+def test_word_times_match_the_audio(done):
     from hf_csm.testing.ravdess import known_words
 
     errors_s = []
