@@ -16,7 +16,7 @@ from hf_csm.errors import UserError, require_extra
 
 
 if TYPE_CHECKING:
-    from hf_csm.serving.loaded import Speaker
+    from hf_csm.serving.loaded import LoadedModel
     from hf_csm.serving.speech import Speech
 
 DEFAULT_BASE = "kyutai/moshiko-pytorch-bf16"
@@ -52,24 +52,27 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="corpora whose terms, which you signed, let models trained on them be published",
     )  # fmt: skip
 
-    say = add_verb("say", _say, "Let Moshi say a text, with an emotion, into a sound file.")
-    say.add_argument("text", help="what to say")
+    say = add_verb("say", _say, "Speak a text with an emotion and write an audio file.")
+    say.add_argument("text", help="text to speak")
     _add_speaking(say)
 
     reply = add_verb(
         "reply",
         _reply,
-        "Let Moshi answer a recorded question, with an emotion, into a sound file "
-        "that begins with a second of quiet and the time of the question.",
+        "Answer a recorded question with an emotion and write an audio file, which starts with one second of silence "
+        "and the duration of the question.",
     )
-    reply.add_argument("question", type=Path, help="sound file, of any rate and number of channels")
+    reply.add_argument("question", type=Path, help="audio file of any sample rate and number of channels")
     _add_speaking(reply)
-    reply.add_argument("--stereo", action="store_true", help="write the user on the left and Moshi on the right")
     reply.add_argument(
-        "--tail-s", type=float, default=3.0, help="end when Moshi has been quiet for so many seconds (default: 3)"
+        "--stereo", action="store_true", help="write the user to the left channel and Moshi to the right"
     )
+    reply.add_argument("--tail-s", type=float, default=3.0, help="seconds of silence that end the answer (default: 3)")
     reply.add_argument(
-        "--seconds", type=float, default=30.0, help="longest answer, from the question's end (default: 30)"
+        "--seconds",
+        type=float,
+        default=30.0,
+        help="maximum length of the answer, from the end of the question (default: 30)",
     )
     _add_serve(add_verb)
 
@@ -81,54 +84,67 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_speaking(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="sound file to write: .wav, .flac or .ogg")
-    parser.add_argument("--emotion", help="one that a model knows (default: none)")
+    parser.add_argument("--out", type=Path, required=True, help="audio file to write: .wav, .flac or .ogg")
+    parser.add_argument("--emotion", help="an emotion that the model supports (default: none)")
     parser.add_argument(
         "--model", nargs="+", metavar="[NAME=]REPO_OR_FOLDER",
-        help=f"adapters of one base, or a whole model (default: $HF_CSM_MODEL, or else {DEFAULT_BASE})",
+        help=f"adapters of one base, or a whole model (default: $HF_CSM_MODEL, else {DEFAULT_BASE})",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository (default: main)")
-    parser.add_argument("--voice", help="adapter to speak with, or base (default: the first that knows the emotion)")
+    parser.add_argument("--voice", help="name of the adapter, or base (default: the first that supports the emotion)")
     parser.add_argument(
-        "--strength", type=float, default=1.0, help="of the adapter: 0 is the base, 1 as trained (default: 1)"
+        "--strength",
+        type=float,
+        default=1.0,
+        help="scale of the adapter: 0 is the base model, 1 the trained adapter (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same gives the same speech (default: 0)")
-    parser.add_argument("--temperature", type=float, help="of text and audio (default: the model's own)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed; the same seed gives the same speech (default: 0)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="sampling temperature of text and audio (default: set by the model)"
+    )
     parser.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
-    parser.add_argument("--json", action="store_true", help="print a line of JSON with the words and their times")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON with words and times")
 
 
 def _add_serve(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     serve = add_verb(
         "serve",
         _serve,
-        "Hold conversations over the network, as moshi.server does, with emotions to choose; a page at /.",
+        "Serve conversations over WebSocket, compatible with moshi.server, with a web page to choose emotions.",
     )
     serve.add_argument(
         "names", nargs="+", metavar="CHECKPOINT_OR_REPO",
-        help="adapters of one base, or a base or merged model: folders or Hub repositories, or NAME=FOLDER_OR_REPO",
+        help="adapters of one base, or one base or merged model: folders or Hub repositories, or NAME=FOLDER_OR_REPO",
     )  # fmt: skip
-    serve.add_argument("--revision", help="branch, tag or commit of the only Hub repository")
-    serve.add_argument("--emotion", help="emotion of conversations that name none (default: none)")
-    serve.add_argument("--host", default="localhost", help="name or address to listen at; 0.0.0.0 for all")
-    serve.add_argument("--port", type=int, default=8998, help="default: 8998; 0 for any that is free")
-    serve.add_argument("--slots", type=int, default=1, help="conversations at once (default: 1)")
+    serve.add_argument("--revision", help="branch, tag or commit, with a single Hub repository")
+    serve.add_argument("--emotion", help="default emotion of conversations (default: none)")
+    serve.add_argument(
+        "--host", default="localhost", help="host name or address to listen on; 0.0.0.0 for all (default: localhost)"
+    )
+    serve.add_argument("--port", type=int, default=8998, help="default: 8998; 0 picks a free port")
+    serve.add_argument("--slots", type=int, default=1, help="number of simultaneous conversations (default: 1)")
     serve.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
     serve.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU, float32 on a CPU"
     )
-    serve.add_argument("--ssl", type=Path, metavar="FOLDER", help="serve https with its cert.pem and key.pem")
     serve.add_argument(
-        "--token-file", type=Path, help="file with the token that clients must give (default: $HF_CSM_TOKEN, if set)"
+        "--ssl", type=Path, metavar="FOLDER", help="serve HTTPS with cert.pem and key.pem from this folder"
+    )
+    serve.add_argument(
+        "--token-file", type=Path, help="file with the token required from clients (default: $HF_CSM_TOKEN, if set)"
     )
     serve.add_argument(
         "--allow-origin", action="append", default=[], metavar="ORIGIN",
-        help="site whose pages may use this server, such as https://example.org; may be given again; * is any",
+        help="origin whose pages may use this server, such as https://example.org; repeatable; * for any",
     )  # fmt: skip
-    serve.add_argument("--max-minutes", type=float, default=60.0, help="longest conversation (default: 60)")
+    serve.add_argument(
+        "--max-minutes", type=float, default=60.0, help="maximum length of a conversation (default: 60)"
+    )
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -180,7 +196,7 @@ def _say(options: argparse.Namespace) -> None:
     from hf_csm.serving.speech import check_text, say
 
     text = check_text(options.text)
-    _speak(options, lambda speaker, how: say(speaker, text, **how))
+    _speak(options, lambda model, how: say(model, text, **how))
 
 
 def _reply(options: argparse.Namespace) -> None:
@@ -190,55 +206,57 @@ def _reply(options: argparse.Namespace) -> None:
     question = read_question(options.question)
     _speak(
         options,
-        lambda speaker, how: reply(speaker, question, tail_s=options.tail_s, max_s=options.seconds, **how),
+        lambda model, how: reply(model, question, tail_s=options.tail_s, max_s=options.seconds, **how),
         stereo=options.stereo,
     )
 
 
 def _speak(
-    options: argparse.Namespace, speak: Callable[[Speaker, dict[str, Any]], Speech], stereo: bool = False
+    options: argparse.Namespace, speak: Callable[[LoadedModel, dict[str, Any]], Speech], stereo: bool = False
 ) -> None:
-    """Load the models, speak, write and report; what can be refused is, before the weights are loaded."""
-    from hf_csm.serving.loaded import check_strength, choose_device, find_models, load_models
+    """Check the options, load the models, generate speech, write it and print a summary."""
+    from hf_csm.models.moshi.checkpoint import choose_device
+    from hf_csm.serving.loaded import check_strength, load_weights
+    from hf_csm.serving.resolve import resolve_models
     from hf_csm.serving.speech import check_out, write_audio
 
     check_out(options.out)
     check_strength(options.strength)
     if options.temperature is not None and not 0 < options.temperature < float("inf"):
-        raise UserError(f"--temperature is {options.temperature:g}.", "Give more than 0; 0.7 is usual.")
+        raise UserError(f"--temperature is {options.temperature:g}.", "Use a number above 0; 0.7 is typical.")
     if not 0 <= options.seed < 2**64:
-        raise UserError(f"--seed is {options.seed}.", "Give a whole number of at least 0.")
+        raise UserError(f"--seed is {options.seed}.", "Use an integer of at least 0.")
     names = options.model or shlex.split(os.environ.get("HF_CSM_MODEL", ""))
     if not names and (options.emotion or options.voice):
         raise UserError(
-            f"No model is named, and {DEFAULT_BASE} knows no emotions.",
-            "Name an adapter with --model REPO_OR_FOLDER, or in HF_CSM_MODEL.",
+            f"No model was given, and {DEFAULT_BASE} has no emotions.",
+            "Name an adapter with --model REPO_OR_FOLDER or in HF_CSM_MODEL.",
         )
     device = choose_device(options.device)
-    models = find_models(names or [DEFAULT_BASE], options.revision)
+    models = resolve_models(names or [DEFAULT_BASE], options.revision)
     models.choose(options.emotion, options.voice)
-    speaker = load_models(
+    model = load_weights(
         models,
         device=device,
         dtype=options.dtype,
         temperature=options.temperature,
         text_temperature=options.temperature,
     )
-    how = {name: getattr(options, name) for name in ("emotion", "voice", "strength", "seed")}
+    how = {name: getattr(options, name) for name in ("emotion", "strength", "seed")} | {"adapter": options.voice}
     try:
-        speech = speak(speaker, how)
+        speech = speak(model, how)
     finally:
-        speaker.close()
+        model.close()
     write_audio(options.out, speech, stereo=stereo)
     if options.json:
         print(json.dumps({"out": str(options.out), "model": names or [DEFAULT_BASE]} | speech.describe()))
     else:
-        as_what = f" ({speech.emotion})" if speech.emotion else ""
-        print(f"{options.out}: {speech.duration_s:.1f} s, {speech.voice}{as_what}: {speech.text or '(no words)'}")
+        emotion = f" ({speech.emotion})" if speech.emotion else ""
+        print(f"{options.out}: {speech.duration_s:.1f} s, {speech.adapter}{emotion}: {speech.text or '(no words)'}")
     if options.emotion and not speech.emotion:
-        print(f"warning: {speech.voice} speaks without emotion; {options.emotion} was ignored.", file=sys.stderr)
+        print(f"warning: {speech.adapter} does not support emotions; {options.emotion} was ignored.", file=sys.stderr)
     if speech.is_silent:
-        print("warning: nothing can be heard in it. Try another --seed, or a lower --strength.", file=sys.stderr)
+        print("warning: the speech is silent. Try another --seed or a lower --strength.", file=sys.stderr)
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Models loaded into an engine, and their voices steered: with which adapter, emotion and strength Moshi speaks."""
+"""Load models into an engine, and steer its slots by adapter, emotion and strength."""
 
 from __future__ import annotations
 
@@ -15,86 +15,71 @@ from hf_csm.models.moshi.checkpoint import choose_device, load_mimi, load_tokeni
 from hf_csm.models.moshi.engine import Engine
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.runtime_lora import add_adapters
-from hf_csm.serving.resolve import BASE, Models, Voice, find_models
+from hf_csm.serving.resolve import AdapterChoice, ResolvedModels, resolve_models
 
-
-__all__ = [
-    "BASE",
-    "MAX_STRENGTH",
-    "Models",
-    "Speaker",
-    "Voice",
-    "check_strength",
-    "choose_device",
-    "explain_failure",
-    "find_models",
-    "load_models",
-    "load_speaker",
-]
 
 MAX_STRENGTH = 2.0
-"""Twice what was trained; beyond it Moshi falls apart."""
+"""Twice the trained strength; beyond it the output degrades."""
 SAMPLING_NAMES = {"temp": "temperature", "temp_text": "text_temperature", "top_k": "top_k", "top_k_text": "text_top_k"}
-"""moshi's names of the options of sampling, as in `lm_gen_config` of a config.json, and the engine's."""
+"""Sampling options: moshi's names, as in `lm_gen_config` of config.json, and the engine's."""
 
 
 @dataclass
-class Speaker:
-    """Everything loaded: what a server or a command speaks with.
+class LoadedModel:
+    """An engine with its adapters.
 
     Attributes:
-        engine: generates; its adapters are numbered as in the voices.
+        engine: the adapters have the indices of `AdapterChoice.index`.
         tokenizer: of the text stream.
-        models: what was found before it was loaded.
+        resolved: metadata of the models.
     """
 
     engine: Engine
     tokenizer: sentencepiece.SentencePieceProcessor
-    models: Models
+    resolved: ResolvedModels
 
     @property
-    def voices(self) -> list[Voice]:
-        return list(self.models.voices)
+    def choices(self) -> list[AdapterChoice]:
+        return list(self.resolved.choices)
 
     @property
     def base_name(self) -> str:
-        return self.models.base_name
+        return self.resolved.base_name
 
     @property
     def emotions(self) -> list[str]:
-        return self.models.emotions
+        return self.resolved.emotions
 
-    def choose(self, emotion: str | None, voice: str | None = None) -> Voice:
-        """See `Models.choose`."""
-        return self.models.choose(emotion, voice)
+    def choose(self, emotion: str | None, adapter: str | None = None) -> AdapterChoice:
+        """See `ResolvedModels.choose`."""
+        return self.resolved.choose(emotion, adapter)
 
-    def prefix(self, voice: Voice, emotion: str | None) -> list[int]:
-        """Return the text tokens that tell `voice` an emotion it knows; none if it is not told."""
-        return voice.control.tokens(emotion, self.tokenizer)
+    def prefix(self, choice: AdapterChoice, emotion: str | None) -> list[int]:
+        """Return the text tokens of the emotion prefix; empty if the adapter takes none."""
+        return choice.control.tokens(emotion, self.tokenizer)
 
-    def steer(self, slot: int, voice: Voice, emotion: str | None, strength: float = 1.0) -> None:
-        """Speak in `slot` with this voice alone from the next step on, and tell it the emotion by its prefix.
+    def steer(self, slot: int, choice: AdapterChoice, emotion: str | None, strength: float = 1.0) -> None:
+        """Activate only this adapter in `slot` from the next step on, and force the prefix of the emotion.
 
-        The prefix takes the place of what is still to be told; one that is half told is followed by the whole new one.
-        What was told stays in Moshi's context: without a prefix, as with `emotion` None, nothing more is asked for,
-        but an earlier emotion goes on colouring what it says. In training a prefix stands only at the beginning; later
-        ones are beyond what the model has seen.
+        The new prefix replaces the tokens of an earlier one that are still queued. Tokens already forced stay in the
+        model's context: with `emotion` None no prefix is forced, but an earlier emotion still affects the voice.
+        Training has prefixes only at the start of a window; later ones are out of distribution.
         """
-        self.weigh(slot, voice, strength)
-        self.engine.force_text(slot, self.prefix(voice, emotion))
+        self.set_strength(slot, choice, strength)
+        self.engine.force_text(slot, self.prefix(choice, emotion))
 
-    def weigh(self, slot: int, voice: Voice, strength: float) -> None:
-        """Set the strength of the voice that speaks in `slot`, of the others 0, and tell it nothing."""
-        for other in self.models.voices:
-            if other.adapter is not None:
-                self.engine.set_strength(slot, other.adapter, strength if other.name == voice.name else 0.0)
+    def set_strength(self, slot: int, choice: AdapterChoice, strength: float) -> None:
+        """Set the strength of this adapter in `slot`, and of all others to 0. Forces no text."""
+        for other in self.resolved.choices:
+            if other.index is not None:
+                self.engine.set_strength(slot, other.index, strength if other.name == choice.name else 0.0)
 
     def close(self) -> None:
         """Free the engine."""
         self.engine.close()
 
 
-def load_speaker(
+def load_model(
     names: Sequence[str],
     *,
     revision: str | None = None,
@@ -102,29 +87,29 @@ def load_speaker(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     **sampling: Any,
-) -> Speaker:
-    """Find models by name and load them; see `find_models` and `load_models`."""
-    chosen = choose_device(device)
-    return load_models(find_models(names, revision), num_slots=num_slots, device=chosen, dtype=dtype, **sampling)
+) -> LoadedModel:
+    """Resolve and load models by name; see `resolve_models` and `load_weights`."""
+    target = choose_device(device)
+    return load_weights(resolve_models(names, revision), num_slots=num_slots, device=target, dtype=dtype, **sampling)
 
 
-def load_models(
-    models: Models,
+def load_weights(
+    models: ResolvedModels,
     *,
     num_slots: int = 1,
     device: torch.device | str = "cpu",
     dtype: str | torch.dtype | None = None,
     **sampling: Any,
-) -> Speaker:
-    """Load the weights.
+) -> LoadedModel:
+    """Load the weights of resolved models.
 
     Args:
-        num_slots: conversations at once.
-        dtype: of the language model; by default bfloat16 on a GPU, float32 elsewhere.
-        sampling: options of `Engine`, in place of those of the model's config.json.
+        num_slots: number of simultaneous conversations.
+        dtype: of the language model; default: bfloat16 on a GPU, float32 elsewhere.
+        sampling: options of `Engine`; override those in the model's config.json.
 
     Raises:
-        UserError: weights are damaged, do not fit the base or the device.
+        UserError: weights are damaged, do not match the base model, or do not fit in memory.
     """
     device = torch.device(device)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -137,7 +122,9 @@ def load_models(
     }
     ignored = models.base.lm_gen_config.keys() - SAMPLING_NAMES.keys() - {"use_sampling"}
     if ignored:
-        warnings.warn(f"{models.base_name} asks for {', '.join(sorted(ignored))}: ignored.", stacklevel=2)
+        warnings.warn(
+            f"{models.base_name}: unsupported sampling options {', '.join(sorted(ignored))} are ignored.", stacklevel=2
+        )
     options |= {name: value for name, value in sampling.items() if value is not None}
     tokenizer = load_tokenizer(models.base)
     try:
@@ -148,31 +135,31 @@ def load_models(
             strengths = add_adapters(lm, models.adapters, num_slots=num_slots, base_name=models.base_name)
         engine = Engine(lm, mimi, num_slots=num_slots, strengths=strengths, **options)
     except torch.OutOfMemoryError as error:
-        raise explain_failure(error, models.base_name, num_slots) from error
-    return Speaker(engine, tokenizer, models)
+        raise engine_error(error, models.base_name, num_slots) from error
+    return LoadedModel(engine, tokenizer, models)
 
 
-def explain_failure(error: BaseException, base_name: str, num_slots: int) -> UserError:
-    """Return what to say of an engine that raised `error`, as it was loaded or later."""
+def engine_error(error: BaseException, base_name: str, num_slots: int) -> UserError:
+    """Convert an error raised while loading or running an engine."""
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
-            f"{base_name} does not fit in the memory of the device with {num_slots} slot{'s' * (num_slots > 1)}.",
-            "End what else uses it, load fewer adapters, or ask for fewer slots.",
+            f"{base_name} does not fit in device memory with {num_slots} slot{'s' * (num_slots > 1)}.",
+            "Stop other programs on the device, load fewer adapters, or use fewer --slots.",
         )
     reason = (str(error).splitlines() or [""])[0]
     return UserError(
-        f"The engine failed: {type(error).__name__}: {reason}", "Run the same command again; --debug shows where."
+        f"The engine failed: {type(error).__name__}: {reason}", "Run the command again with --debug for the traceback."
     )
 
 
 def check_strength(strength: float) -> float:
-    """Return `strength` if it is 0 to `MAX_STRENGTH`.
+    """Return `strength` if it is between 0 and `MAX_STRENGTH`.
 
     Raises:
-        UserError: it is not.
+        UserError: it is out of range.
     """
     if not 0.0 <= strength <= MAX_STRENGTH:
         raise UserError(
-            f"The strength is {strength:g}.", f"Give 0 (the base) to {MAX_STRENGTH:g}; 1 is the adapter as trained."
+            f"The strength is {strength:g}.", f"Use 0 (base model) to {MAX_STRENGTH:g}; 1 is the trained adapter."
         )
     return strength

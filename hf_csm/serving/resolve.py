@@ -1,4 +1,4 @@
-"""The models that a user names, adapters of one base or a whole model, as far as it can be told without weights."""
+"""Resolve model names to adapters of one base, or to one whole model, without loading weights."""
 
 from __future__ import annotations
 
@@ -21,137 +21,135 @@ from hf_csm.models.moshi.pull import find_folder
 
 
 BASE = "base"
-"""Name of the voice without any adapter."""
+"""Name of the choice without an adapter."""
 MERGED = "merged"
 
 
 @dataclass(frozen=True)
-class Voice:
-    """A way to speak: an adapter, or the model as it is.
+class AdapterChoice:
+    """An adapter that a client can choose, or the model without an adapter.
 
     Attributes:
-        name: the adapter's, `base` or `merged`.
-        adapter: its number among the engine's adapters; None for the model as it is.
-        control: how it is told the emotion.
+        name: name of the adapter, `base` or `merged`.
+        index: index among the engine's adapters; None for the model without an adapter.
+        control: how the emotion is controlled.
     """
 
     name: str
-    adapter: int | None
+    index: int | None
     control: EmotionControl
 
     @property
     def emotions(self) -> tuple[str, ...]:
-        """Emotions that can be asked of it: of an adapter that is not told, only the one it was trained for."""
-        is_told = self.control.control == "prefix" or len(self.control.emotions) == 1
-        return self.control.emotions if is_told else ()
+        """Emotions that can be selected; without a prefix, only the emotion of an adapter trained on a single one."""
+        is_selectable = self.control.control == "prefix" or len(self.control.emotions) == 1
+        return self.control.emotions if is_selectable else ()
 
 
 @dataclass(frozen=True)
-class Models:
-    """What was found under the names given: all but the weights is read, so that it is known what can be asked for.
+class ResolvedModels:
+    """Resolved models: everything but the weights.
 
     Attributes:
         base: checkpoint of the base or merged model.
-        base_name: what to call it: its repository or folder.
-        adapters: of the engine, in the order of the names.
-        voices: one for each adapter, and `base` last; or the only one of a model without adapters.
+        base_name: its repository or folder.
+        adapters: adapters for the engine, in the order of the names.
+        choices: one per adapter and `base` last, or a single one for a model without adapters.
     """
 
     base: MoshiCheckpoint
     base_name: str
     adapters: tuple[RuntimeAdapter, ...]
-    voices: tuple[Voice, ...]
+    choices: tuple[AdapterChoice, ...]
 
     @property
     def emotions(self) -> list[str]:
-        """Every emotion that some voice knows, in the order of the voices."""
-        return list(dict.fromkeys(emotion for voice in self.voices for emotion in voice.emotions))
+        """Emotions that at least one choice supports, in the order of the choices."""
+        return list(dict.fromkeys(emotion for choice in self.choices for emotion in choice.emotions))
 
-    def choose(self, emotion: str | None, voice: str | None = None) -> Voice:
-        """Return the voice for an emotion: the one named, else the first that knows it; None is the first of all.
+    def choose(self, emotion: str | None, adapter: str | None = None) -> AdapterChoice:
+        """Return the choice with this name, or the first one that supports the emotion.
 
-        Beside adapters, `base` takes any emotion and speaks without: it is what they are compared with.
+        If there are adapters, `base` accepts and ignores any emotion, for comparison.
 
         Raises:
-            UserError: no voice has the name, or none of them, or not the one named, knows the emotion.
+            UserError: the name or the emotion is not available.
         """
-        named = [found for found in self.voices if voice in (None, found.name)]
+        named = [choice for choice in self.choices if adapter in (None, choice.name)]
         if not named:
-            names = [found.name for found in self.voices]
+            names = [choice.name for choice in self.choices]
             raise UserError(
-                f"There is no voice {voice!r}{_nearest(str(voice), names)}.", f"The voices are {', '.join(names)}."
+                f"There is no adapter {adapter!r}{_suggestion(str(adapter), names)}.", f"Choose {', '.join(names)}."
             )
-        is_comparison = voice == BASE and len(self.voices) > 1
+        is_comparison = adapter == BASE and len(self.choices) > 1
         if emotion is None or is_comparison:
             return named[0]
-        for found in named:
-            if emotion in found.emotions:
-                return found
-        known = list(dict.fromkeys(known for found in named for known in found.emotions))
-        what = f"{self.base_name} with {len(self.adapters)} adapters" if self.adapters else self.base_name
-        who = what if voice is None else f"The voice {voice!r}"
-        if not known:
+        for choice in named:
+            if emotion in choice.emotions:
+                return choice
+        supported = list(dict.fromkeys(name for choice in named for name in choice.emotions))
+        model = f"{self.base_name} with {len(self.adapters)} adapters" if self.adapters else self.base_name
+        subject = model if adapter is None else f"The adapter {adapter!r}"
+        if not supported:
             raise UserError(
-                f"{who} was not trained to speak with emotions, so not with {emotion!r} either.",
-                "Name an adapter that was, or leave the emotion out.",
+                f"{subject} does not support emotions; {emotion!r} was requested.",
+                "Name an adapter that was trained on emotions, or omit the emotion.",
             )
         raise UserError(
-            f"{who} does not know the emotion {emotion!r}{_nearest(emotion, known)}.",
-            f"The emotions are {', '.join(known)}.",
+            f"{subject} does not support the emotion {emotion!r}{_suggestion(emotion, supported)}.",
+            f"Supported emotions: {', '.join(supported)}.",
         )
 
 
-def find_models(names: Sequence[str], revision: str | None = None) -> Models:
-    """Find adapters of one base, or a base or merged model, and read what they say of themselves.
+def resolve_models(names: Sequence[str], revision: str | None = None) -> ResolvedModels:
+    """Resolve adapters of one base, or a base or merged model, and read their metadata.
 
     Args:
-        names: Hub repositories, exported folders or training checkpoints, each perhaps with a name of its own:
-            `NAME=REPO_OR_FOLDER`. The base of the adapters may be among them.
-        revision: branch, tag or commit of the only name.
+        names: Hub repositories, exported folders or training checkpoints, optionally as `NAME=REPO_OR_FOLDER`. The
+            base of the adapters may be among them.
+        revision: branch, tag or commit; only with a single name.
 
     Raises:
-        UserError: something is missing or damaged, two have one name, or two are not of one base.
+        UserError: a model is missing or damaged, two have the same name, or they have different bases.
     """
     if not names:
-        raise UserError("No model is named.", "Name an adapter: a Hub repository or a folder.")
+        raise UserError("No model was given.", "Name an adapter: a Hub repository or a folder.")
     if revision is not None and len(names) > 1:
-        raise UserError(
-            f"--revision {revision} does not say which of {len(names)} models is meant.", "Give it with one model."
-        )
-    found = [_find(name, revision) for name in names]
+        raise UserError(f"--revision {revision} is ambiguous with {len(names)} models.", "Use it with a single model.")
+    found = [_resolve(name, revision) for name in names]
     adapters = [model for model in found if model.is_adapter]
     plain = [model for model in found if not model.is_adapter]
     first = found[0]
     merged = next((model for model in plain if model.control.emotions), None)
     if adapters and merged is not None:
         raise UserError(
-            f"{merged.place} is a merged model, on which no adapter can be put.", "Name its adapter instead of it."
+            f"{merged.source} is a merged model and cannot be combined with adapters.", "Name its adapter instead."
         )
     for other in found[1:]:
         _check_same_base(first, other)
     if not adapters:
         if len(plain) > 1:
             raise UserError(
-                f"{plain[0].place} and {plain[1].place} are whole models, of which one can be loaded.",
-                "Name one of them, or adapters.",
+                f"{plain[0].source} and {plain[1].source} are both whole models; only one can be loaded.",
+                "Name one of them, or name adapters.",
             )
-        own_name = first.own_name or (MERGED if first.control.emotions else BASE)
-        return Models(first.checkpoint, first.base_name, (), (Voice(own_name, None, first.control),))
-    voices = [Voice(model.name, number, model.control) for number, model in enumerate(adapters)]
-    voices.append(Voice(BASE, None, EmotionControl()))
-    _check_names(voices)
+        given_name = first.given_name or (MERGED if first.control.emotions else BASE)
+        return ResolvedModels(first.checkpoint, first.base_name, (), (AdapterChoice(given_name, None, first.control),))
+    choices = [AdapterChoice(model.name, index, model.control) for index, model in enumerate(adapters)]
+    choices.append(AdapterChoice(BASE, None, EmotionControl()))
+    _check_names(choices)
     base = copy.copy(adapters[0].checkpoint)
     base.lora_weights, base.name_or_path, base.revision = None, adapters[0].base_name, None
     base.lm_config, base.raw_config = _without_lora(base.lm_config), _without_lora(base.raw_config)
-    return Models(base, adapters[0].base_name, tuple(map(_adapter, adapters)), tuple(voices))
+    return ResolvedModels(base, adapters[0].base_name, tuple(map(_adapter, adapters)), tuple(choices))
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A model that was named. `own_name` is the NAME of `NAME=`, `place` what follows it."""
+class _Model:
+    """A model given by the user as `given_name=source` or `source`."""
 
-    own_name: str | None
-    place: str
+    given_name: str | None
+    source: str
     folder: Path
     checkpoint: MoshiCheckpoint
     control: EmotionControl
@@ -162,7 +160,7 @@ class _Found:
 
     @property
     def name(self) -> str:
-        return self.own_name or _name_of(self.place)
+        return self.given_name or _name_of(self.source)
 
     @property
     def origin(self) -> str:
@@ -170,59 +168,59 @@ class _Found:
 
     @property
     def base_name(self) -> str:
-        """Where the weights are that an adapter was trained on; the place itself for a base."""
+        """Repository or folder of the base weights."""
         name = str((self.checkpoint.raw_config or {}).get("moshi_name", ""))
         if self.is_adapter and name.startswith("hf://"):
             return "/".join(name.removeprefix("hf://").split("/")[:2])
-        return str(self.checkpoint.moshi_weights.parent) if self.is_adapter else self.place
+        return str(self.checkpoint.moshi_weights.parent) if self.is_adapter else self.source
 
 
-def _find(name: str, revision: str | None) -> _Found:
-    own_name, equals, place = name.partition("=")
-    if not equals or not re.fullmatch(r"[\w.-]+", own_name) or Path(name).is_dir():
-        own_name, place = "", name
-    folder = find_folder(place, revision)
-    checkpoint = find_checkpoint(place, revision)
-    return _Found(own_name or None, place, folder, checkpoint, read_emotion_control(folder))
+def _resolve(name: str, revision: str | None) -> _Model:
+    given_name, equals, source = name.partition("=")
+    if not equals or not re.fullmatch(r"[\w.-]+", given_name) or Path(name).is_dir():
+        given_name, source = "", name
+    folder = find_folder(source, revision)
+    checkpoint = find_checkpoint(source, revision)
+    return _Model(given_name or None, source, folder, checkpoint, read_emotion_control(folder))
 
 
-def _name_of(place: str) -> str:
-    """Return what to call an adapter: the last part of its place that says something.
+def _name_of(source: str) -> str:
+    """Return the default name of an adapter: the last descriptive part of its path.
 
     >>> _name_of("user/moshi-happy"), _name_of("checkpoints/happy/checkpoint_000500/consolidated")
     ('moshi-happy', 'happy')
     """
-    parts = Path(place).expanduser().absolute().parts
-    telling = [part for part in parts if not re.fullmatch(r"checkpoint_\d+|best|consolidated|adapter", part)]
-    return (telling or parts)[-1]
+    parts = Path(source).expanduser().absolute().parts
+    descriptive = [part for part in parts if not re.fullmatch(r"checkpoint_\d+|best|consolidated|adapter", part)]
+    return (descriptive or parts)[-1]
 
 
-def _adapter(model: _Found) -> RuntimeAdapter:
+def _adapter(model: _Model) -> RuntimeAdapter:
     config = model.checkpoint.raw_config or {}
     assert model.checkpoint.lora_weights is not None
     try:
         rank, scaling = int(config["lora_rank"]), float(config["lora_scaling"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{model.place}: config.json does not say lora_rank and lora_scaling.", "Export the adapter again."
+            f"{model.source}: config.json lacks lora_rank or lora_scaling.", "Export the adapter again."
         ) from error
     return RuntimeAdapter(model.name, model.checkpoint.lora_weights, rank, scaling)
 
 
-def _check_names(voices: Sequence[Voice]) -> None:
-    names = [voice.name for voice in voices]
+def _check_names(choices: Sequence[AdapterChoice]) -> None:
+    names = [choice.name for choice in choices]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"Two voices are called {name!r}.", "Give one of them another name: NAME=REPO_OR_FOLDER.")
+            raise UserError(f"Two adapters have the name {name!r}.", "Rename one of them: NAME=REPO_OR_FOLDER.")
 
 
-def _check_same_base(first: _Found, other: _Found) -> None:
-    # The first repositories have no config.json, which their adapters have.
+def _check_same_base(first: _Model, other: _Model) -> None:
+    # The first Moshi repositories have no config.json; their adapters do.
     configs = [_without_lora(model.checkpoint.lm_config or loaders._lm_kwargs) for model in (first, other)]
     if configs[0] != configs[1] or not _same_content(first.checkpoint.moshi_weights, other.checkpoint.moshi_weights):
         raise UserError(
-            f"{first.place} {first.origin}, and {other.place} {other.origin}: these are not of one base.",
-            "Name adapters that were trained on the same base.",
+            f"{first.source} {first.origin}, and {other.source} {other.origin}: the base models differ.",
+            "Name adapters of the same base model.",
         )
 
 
@@ -234,5 +232,5 @@ def _without_lora(config: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if config is None else {key: value for key, value in config.items() if key not in LORA_KEYS}
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def _suggestion(name: str, names: Sequence[str]) -> str:
     return "".join(f"; nearest is {near!r}" for near in difflib.get_close_matches(name, names, n=1))

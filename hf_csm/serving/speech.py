@@ -1,4 +1,4 @@
-"""Moshi without a server: a text spoken, or a recording answered, from the same engine, repeatable by seed."""
+"""Offline speech: say a text or answer a recording with the engine of the server, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hf_csm.data.text import normalise_text, split_words
 from hf_csm.errors import UserError
 from hf_csm.models.family import Frame
 from hf_csm.models.moshi.forced_text import WORD_START, Script, words_in
-from hf_csm.serving.loaded import Speaker, Voice, check_strength, explain_failure
+from hf_csm.serving.loaded import LoadedModel, check_strength, engine_error
+from hf_csm.serving.resolve import AdapterChoice
 from hf_csm.units import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
@@ -32,28 +33,28 @@ from hf_csm.units import (
 SILENCE_DB = -45.0
 """Frames below this level (RMS, relative to full scale) are silent."""
 FADED_S = 0.8
-"""Silence after the last word that ends a text."""
+"""Silence after the last word that ends the speech."""
 MAX_FADING_S = 4.0
-"""Longest time after the last word, silent or not."""
+"""Maximum time after the last word."""
 LEAD_IN_S = 1.0
-"""Quiet before a question, in which the prefix is told: the shortest that training has before a first turn."""
+"""Silence before a question, during which the prefix is forced; the minimum before a first turn in training."""
 SUFFIXES = (".wav", ".flac", ".ogg")
 
 
 @dataclass(frozen=True)
 class Speech:
-    """What Moshi said, and to what.
+    """Generated speech and the audio of the user.
 
     Attributes:
-        audio: `[S]`, float32, 24 kHz: Moshi's side, whole frames.
-        user: `[S]`, what it heard meanwhile.
-        text: what it said.
-        words: `word` and `start_s`, in seconds from the first sample; the frame in which its text begins.
-        text_tokens: `[T]`, prefix included.
-        voice: who spoke.
-        emotion: that the voice was asked for; None for none.
-        lead_in_s: quiet at the beginning, before the user's question; 0 for a text.
-        question_s: length of what the user said then; 0 for a text.
+        audio: `[S]`, float32, 24 kHz: the model's channel, whole frames.
+        user: `[S]`, the user's channel.
+        text: transcript.
+        words: `word` and `start_s`: seconds from the first sample to the frame in which its text begins.
+        text_tokens: `[T]`, including the prefix.
+        adapter: name of the adapter, or `base`.
+        emotion: requested emotion, if the adapter supports it.
+        lead_in_s: silence before the question; 0 without a question.
+        question_s: length of the question; 0 without a question.
     """
 
     audio: np.ndarray
@@ -61,7 +62,7 @@ class Speech:
     text: str
     words: list[dict[str, Any]]
     text_tokens: list[int]
-    voice: str
+    adapter: str
     emotion: str | None
     strength: float
     seed: int
@@ -70,7 +71,7 @@ class Speech:
 
     @property
     def question_end_s(self) -> float:
-        """When the user has asked, from the first sample."""
+        """End of the question, from the first sample."""
         return self.lead_in_s + self.question_s
 
     @property
@@ -79,52 +80,50 @@ class Speech:
 
     @property
     def is_silent(self) -> bool:
-        """Say whether nothing can be heard."""
+        """Whether all frames are silent."""
         return all(level_db(frame) < SILENCE_DB for frame in np.split(self.audio, len(self.text_tokens)))
 
     def describe(self) -> dict[str, Any]:
-        """Return all but the samples and tokens, as JSON takes it."""
-        names = ["text", "words", "voice", "emotion", "strength", "seed"]
-        names += ["lead_in_s", "question_s", "duration_s", "is_silent"]
-        return {name: getattr(self, name) for name in names}
+        """Return everything but samples and tokens, for JSON."""
+        names = ["emotion", "strength", "seed", "lead_in_s", "question_s", "duration_s", "is_silent"]
+        record = {"text": self.text, "words": self.words, "voice": self.adapter}
+        return record | {name: getattr(self, name) for name in names}
 
 
 def say(
-    speaker: Speaker,
+    model: LoadedModel,
     text: str,
     *,
     emotion: str | None = None,
-    voice: str | None = None,
+    adapter: str | None = None,
     strength: float = 1.0,
     seed: int = 0,
 ) -> Speech:
-    """Let Moshi say `text`, to a user who says nothing.
-
-    It ends when the last word has faded. The same arguments give the same speech.
+    """Speak `text` to a silent user. The same arguments give the same speech.
 
     Args:
-        speaker: with one slot.
-        strength: of the adapter; 0 is the base, 1 as trained.
+        model: with one slot.
+        strength: of the adapter; 0 is the base model, 1 the trained adapter.
 
     Raises:
-        UserError: the text is empty, no voice knows the emotion, the strength is none, or the engine failed.
+        UserError: the text is empty, emotion or strength are invalid, or the engine failed.
     """
-    chosen = _choose(speaker, emotion, voice, strength)
+    choice = _choose(model, emotion, adapter, strength)
     words = split_words(check_text(text))
-    engine, tokenizer = speaker.engine, speaker.tokenizer
+    engine, tokenizer = model.engine, model.tokenizer
     script = Script(
         [tokens for tokens in map(tokenizer.encode, words) if tokens],
-        num_given=len(speaker.prefix(chosen, emotion)),
+        num_given=len(model.prefix(choice, emotion)),
         word_starts=[i for i in range(tokenizer.vocab_size()) if tokenizer.id_to_piece(i).startswith(WORD_START)],
         padding_id=engine.lm.text_padding_token_id,
         end_of_padding_id=engine.lm.end_of_text_padding_id,
     )
     num_faded, most_fading = seconds_to_frames(FADED_S), seconds_to_frames(MAX_FADING_S)
     frames: list[Frame] = []
-    heard = _Heard(None, seed)
+    user = _UserAudio(None, seed)
     engine.text_policy = script
     try:
-        for frame in _converse(speaker, heard, chosen, emotion, strength, seed):
+        for frame in _converse(model, user, choice, emotion, strength, seed):
             frames.append(frame)
             after = [] if script.last_frame is None else frames[script.last_frame + 1 :]
             is_faded = len(after) >= num_faded and all(_is_silent(frame) for frame in after[-num_faded:])
@@ -132,72 +131,71 @@ def say(
                 break
     finally:
         engine.text_policy = None
-    return _speech(speaker, frames, heard, chosen, emotion, strength, seed)
+    return _speech(model, frames, user, choice, emotion, strength, seed)
 
 
 def reply(
-    speaker: Speaker,
+    model: LoadedModel,
     question: np.ndarray,
     *,
     emotion: str | None = None,
-    voice: str | None = None,
+    adapter: str | None = None,
     strength: float = 1.0,
     seed: int = 0,
     tail_s: float = 3.0,
     max_s: float = 30.0,
 ) -> Speech:
-    """Let Moshi hear `question` and answer.
+    """Answer a recorded question.
 
-    The speech begins with a second of quiet, in which Moshi is told the emotion, as in training; voices that are told
-    none get it, too, so that answers can be compared. The question follows; Moshi may speak during both.
-    It ends when Moshi has been quiet for `tail_s` after the question, or `max_s` after it.
+    The speech starts with one second of silence, during which the prefix is forced, as in training; adapters without
+    a prefix get it as well, so that answers can be compared. The question follows. The model may speak during both.
+    The speech ends after `tail_s` of silence following the question, or `max_s` after the question.
 
     Args:
-        speaker: with one slot.
+        model: with one slot.
         question: `[S]`, float32, 24 kHz; see `read_question`.
 
     Raises:
-        UserError: no voice knows the emotion, the strength is none, one of the times is not above 0, or the engine
-            failed.
+        UserError: emotion, strength or times are invalid, or the engine failed.
     """
-    chosen = _choose(speaker, emotion, voice, strength)
+    choice = _choose(model, emotion, adapter, strength)
     check_times(tail_s, max_s)
-    # A prefix that is longer than usual is told before the question, too.
-    lead_in = max(seconds_to_frames(LEAD_IN_S), len(speaker.prefix(chosen, emotion)) + 1)
+    # A long prefix must also end before the question.
+    lead_in = max(seconds_to_frames(LEAD_IN_S), len(model.prefix(choice, emotion)) + 1)
     num_asked = lead_in + samples_to_frames(len(question))
     tail, most = seconds_to_frames(tail_s), seconds_to_frames(max_s)
     frames: list[Frame] = []
     num_quiet = 0
-    heard = _Heard(question, seed, lead_in)
-    for frame in _converse(speaker, heard, chosen, emotion, strength, seed):
+    user = _UserAudio(question, seed, lead_in)
+    for frame in _converse(model, user, choice, emotion, strength, seed):
         frames.append(frame)
         if len(frames) <= num_asked:
             continue
-        is_quiet = frame.text_token in speaker.engine.padding_ids and _is_silent(frame)
+        is_quiet = frame.text_token in model.engine.padding_ids and _is_silent(frame)
         num_quiet = num_quiet + 1 if is_quiet else 0
         if num_quiet >= tail or len(frames) - num_asked >= most:
             break
-    speech = _speech(speaker, frames, heard, chosen, emotion, strength, seed)
+    speech = _speech(model, frames, user, choice, emotion, strength, seed)
     return replace(speech, lead_in_s=frames_to_seconds(lead_in), question_s=len(question) / SAMPLE_RATE)
 
 
 def check_text(text: str) -> str:
-    """Return what is to be said, normalised.
+    """Normalize the text to speak.
 
     Raises:
-        UserError: nothing that can be spoken is in it.
+        UserError: it contains no words.
     """
     try:
         return normalise_text(text, "what to say")
     except UserError:
-        raise UserError(f"The text to say, {text!r}, is empty.", "Give at least one word.") from None
+        raise UserError(f"The text {text!r} is empty.", "Give at least one word.") from None
 
 
 def check_times(tail_s: float, max_s: float) -> None:
-    """Check when a reply is to end.
+    """Check the time limits of a reply.
 
     Raises:
-        UserError: one of the times is not above 0.
+        UserError: one is not above 0.
     """
     for name, value in (("--tail-s", tail_s), ("--seconds", max_s)):
         if not (value > 0 and math.isfinite(value)):
@@ -205,39 +203,37 @@ def check_times(tail_s: float, max_s: float) -> None:
 
 
 def read_question(path: str | Path) -> np.ndarray:
-    """Return a recording of any rate and number of channels as float32 `[S]` at 24 kHz.
+    """Read a recording of any rate and number of channels as float32 `[S]` at 24 kHz.
 
     Raises:
-        UserError: it cannot be read, or has no sound in it.
+        UserError: it cannot be read or is empty.
     """
     try:
         samples, sample_rate, _ = read_audio(Path(path))
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             raise
-        raise UserError(error.problem, "Record the question again, or give another sound file.") from error
+        raise UserError(error.problem, "Record the question again, or use another audio file.") from error
     return resample(samples.astype(np.float32, copy=False), sample_rate)
 
 
 def check_out(path: Path) -> None:
-    """Check before any work that a sound file can be written.
+    """Check the name of the output file.
 
     Raises:
-        UserError: it cannot.
+        UserError: the format is not supported, or it is a folder.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(
-            f"--out {path} names no kind of sound file that can be written.", f"End it in {', '.join(SUFFIXES)}."
-        )
+        raise UserError(f"--out {path}: unsupported audio format.", f"Use {', '.join(SUFFIXES)}.")
     if path.is_dir():
-        raise UserError(f"--out {path} is a folder.", "Name a file in it.")
+        raise UserError(f"--out {path} is a folder.", "Give the name of a file.")
 
 
 def write_audio(path: Path, speech: Speech, *, stereo: bool = False) -> None:
-    """Write the speech, beside and renamed; 16 bit, mono, or with `stereo` the user on the left and Moshi right.
+    """Write the speech atomically as 16-bit mono, or with `stereo` the user on the left and the model on the right.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     check_out(path)
     samples = np.stack([speech.user, speech.audio], axis=1) if stereo else speech.audio
@@ -245,7 +241,7 @@ def write_audio(path: Path, speech: Speech, *, stereo: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.", "Name a file in another folder.") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}.", "Choose another folder.") from error
     os.close(handle)
     try:
         soundfile.write(beside, np.clip(samples, -1.0, 1.0), SAMPLE_RATE)
@@ -255,22 +251,22 @@ def write_audio(path: Path, speech: Speech, *, stereo: bool = False) -> None:
         os.replace(beside, path)
     except soundfile.LibsndfileError as error:
         raise UserError(
-            f"{path} cannot be written: {error.error_string}", "Free some space, or name a file elsewhere."
+            f"{path} cannot be written: {error.error_string}", "Free some disk space, or choose another folder."
         ) from error
     finally:
         Path(beside).unlink(missing_ok=True)
 
 
 def level_db(samples: np.ndarray) -> float:
-    """Return the level of samples, RMS relative to full scale."""
+    """Return the RMS level in dB relative to full scale."""
     return float(10 * np.log10(np.mean(np.square(samples, dtype=np.float64)) + 1e-12))
 
 
-class _Heard:
-    """What the user says, a frame at a time and without end: room tone, and the question after a lead-in.
+class _UserAudio:
+    """Endless user audio by frame: room tone, with the question after a lead-in.
 
     Attributes:
-        frames: all that have been heard, `[1920]` each.
+        frames: frames consumed so far, `[1920]` each.
     """
 
     def __init__(self, question: np.ndarray | None, seed: int, lead_in: Frames = 0):
@@ -280,7 +276,7 @@ class _Heard:
         self._rng = np.random.default_rng(seed)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        yield self._quiet_frame()  # only starts the model, which does not hear it
+        yield self._quiet_frame()  # only initializes the model
         while True:
             frame = self._quiet_frame()
             first = (len(self.frames) - self._lead_in) * SAMPLES_PER_FRAME
@@ -294,31 +290,31 @@ class _Heard:
         return room_tone(SAMPLES_PER_FRAME, self._rng, (ROOM_TONE_DB, ROOM_TONE_DB))
 
 
-def _choose(speaker: Speaker, emotion: str | None, voice: str | None, strength: float) -> Voice:
-    assert speaker.engine.num_slots == 1, f"a speaker with one slot is needed, not {speaker.engine.num_slots}"
-    chosen = speaker.choose(emotion, voice)
+def _choose(model: LoadedModel, emotion: str | None, adapter: str | None, strength: float) -> AdapterChoice:
+    assert model.engine.num_slots == 1, f"{model.engine.num_slots} slots"
+    choice = model.choose(emotion, adapter)
     check_strength(strength)
-    if chosen.adapter is None and strength != 1.0:
+    if choice.index is None and strength != 1.0:
         raise UserError(
-            f"The strength is {strength:g}, but {chosen.name!r} has no adapter whose strength could be set.",
-            "Leave the strength out, or name an adapter that is not merged.",
+            f"The strength is {strength:g}, but {choice.name!r} has no adapter to scale.",
+            "Omit the strength, or name an adapter that is not merged.",
         )
-    return chosen
+    return choice
 
 
 def _converse(
-    speaker: Speaker, heard: _Heard, voice: Voice, emotion: str | None, strength: float, seed: int
+    model: LoadedModel, user: _UserAudio, choice: AdapterChoice, emotion: str | None, strength: float, seed: int
 ) -> Iterator[Frame]:
-    """Begin a conversation and yield what Moshi says, frame by frame, as long as it is asked for."""
-    speaker.engine.reset(0, seed=seed)
-    speaker.steer(0, voice, emotion, strength)
-    for frame in heard:
+    """Start a conversation and yield the generated frames."""
+    model.engine.reset(0, seed=seed)
+    model.steer(0, choice, emotion, strength)
+    for frame in user:
         try:
-            said = speaker.engine.step({0: frame})
+            generated = model.engine.step({0: frame})
         except RuntimeError as error:
-            raise explain_failure(error, speaker.base_name, 1) from error
-        if 0 in said:
-            yield said[0]
+            raise engine_error(error, model.base_name, 1) from error
+        if 0 in generated:
+            yield generated[0]
 
 
 def _is_silent(frame: Frame) -> bool:
@@ -326,25 +322,25 @@ def _is_silent(frame: Frame) -> bool:
 
 
 def _speech(
-    speaker: Speaker,
+    model: LoadedModel,
     frames: Sequence[Frame],
-    heard: _Heard,
-    voice: Voice,
+    user: _UserAudio,
+    choice: AdapterChoice,
     emotion: str | None,
     strength: float,
     seed: int,
 ) -> Speech:
-    padding_id = speaker.engine.lm.text_padding_token_id
-    said = [padding_id if frame.is_forced else frame.text_token for frame in frames]
-    words = words_in(said, speaker.tokenizer, speaker.engine.padding_ids)
+    padding_id = model.engine.lm.text_padding_token_id
+    tokens = [padding_id if frame.is_forced else frame.text_token for frame in frames]
+    words = words_in(tokens, model.tokenizer, model.engine.padding_ids)
     return Speech(
         audio=np.concatenate([frame.audio for frame in frames]),
-        user=np.concatenate(heard.frames[: len(frames)]),
+        user=np.concatenate(user.frames[: len(frames)]),
         text=" ".join(word["word"] for word in words),
         words=words,
         text_tokens=[frame.text_token for frame in frames],
-        voice=voice.name,
-        emotion=emotion if emotion in voice.emotions else None,
+        adapter=choice.name,
+        emotion=emotion if emotion in choice.emotions else None,
         strength=strength,
         seed=seed,
     )

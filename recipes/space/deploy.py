@@ -1,8 +1,8 @@
-"""Put the Gradio app into a Space of yours, with the sources it needs; run again, it brings the Space up to date.
+"""Deploy the Gradio app with its sources to a Space, or update a Space deployed before.
 
 python recipes/space/deploy.py USER/SPACE --model USER/ADAPTER --private
 
-It uses the token of `hf auth login` or HF_TOKEN and writes it nowhere. The hardware is chosen on the Space's page.
+Uses the token of `hf auth login` or HF_TOKEN and does not store it. Choose the hardware in the settings of the Space.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ ROOT = SPACE.parent.parent
 APP_FILES = ("app.py", "README.md", "requirements.txt")
 PACKAGES = ("hf_csm", "dataset_builders")
 MARK = "hf_csm/__init__.py"
-"""By which a Space of ours is known."""
+"""File that identifies a Space deployed by this script."""
 
 
 def deploy(repo_id: str, models: Sequence[str], *, private: bool = False, revision: str | None = None) -> str:
-    """Tell the Space its models, upload the app in one commit, and return the address of the Space.
+    """Set the variables of the Space, upload the app in one commit, and return the URL of the Space.
 
     Args:
-        repo_id: `user/name` of the Space; made if it does not exist.
+        repo_id: `user/name` of the Space; created if missing.
         models: repositories on the Hub, for `HF_CSM_MODEL`.
-        private: whether a Space that is made is private; one that exists has to be so already.
-        revision: of the only model, for `HF_CSM_REVISION`.
+        private: create a private Space; an existing one must be private.
+        revision: of the single model, for `HF_CSM_REVISION`.
 
     Raises:
-        UserError: the Space holds something else, a model is not on the Hub, or the Hub does not let the user write.
+        UserError: the Space has other content, a model is not on the Hub, or the token has no write access.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     for name in (repo_id, *models):
         if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-            raise UserError(f"{name!r} is not the name of a Hub repository.", "Give USER/NAME, as in ann/moshi-happy.")
+            raise UserError(f"{name!r} is not the name of a Hub repository.", "Use USER/NAME, as in ann/moshi-happy.")
     if revision is not None and len(models) > 1:
         raise UserError(
-            f"--revision {revision} does not say which of {len(models)} models is meant.", "Give it with one model."
+            f"--revision {revision} is ambiguous with {len(models)} models.", "Use it with a single model."
         )
     if get_token() is None:
         raise UserError(
             f"{repo_id}: you are not logged in to the Hub.",
-            "Run `hf auth login` with a token that may write, or set HF_TOKEN.",
+            "Run `hf auth login` with a token with write access, or set HF_TOKEN.",
         )
     api = HfApi()
     shown = list(models)
@@ -65,7 +65,7 @@ def deploy(repo_id: str, models: Sequence[str], *, private: bool = False, revisi
     files = space_files(list(dict.fromkeys(shown)))
     with hub_errors(f"{repo_id}: "):
         present = _open_space(api, repo_id, private)
-        # Before the code, which starts when it arrives.
+        # Before the upload, which starts the app.
         wanted = {"HF_CSM_MODEL": shlex.join(models), "HF_CSM_REVISION": revision}
         known = api.get_space_variables(repo_id)
         for key, value in wanted.items():
@@ -81,7 +81,7 @@ def deploy(repo_id: str, models: Sequence[str], *, private: bool = False, revisi
 
 
 def space_files(models: Sequence[str]) -> dict[str, bytes]:
-    """Return what a Space needs to run, path and content of each file; its page links to `models`."""
+    """Return path and content of the files of the Space; its README links to `models`."""
     files = {name: (SPACE / name).read_bytes() for name in APP_FILES}
     _, front, text = files["README.md"].decode().split("---\n", 2)
     front = yaml.safe_dump(yaml.safe_load(front) | {"models": list(models)}, sort_keys=False, allow_unicode=True)
@@ -95,7 +95,7 @@ def space_files(models: Sequence[str]) -> dict[str, bytes]:
 
 
 def _open_space(api: Any, repo_id: str, private: bool) -> list[str]:
-    """Make the Space if need be, and return the names of its files."""
+    """Create the Space if missing, and return the names of its files."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -104,18 +104,20 @@ def _open_space(api: Any, repo_id: str, private: bool) -> list[str]:
         api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private)
         info = api.space_info(repo_id)
     if private and not info.private:
-        raise UserError(f"{repo_id}: exists and is public.", "Make it private in its settings, or name another one.")
+        raise UserError(
+            f"{repo_id}: exists and is public.", "Make it private in its settings, or choose another name."
+        )
     present = [sibling.rfilename for sibling in info.siblings]
-    is_new = set(present) <= {".gitattributes", "README.md"} and _is_hubs_own(api, repo_id, present)
+    is_new = set(present) <= {".gitattributes", "README.md"} and _has_default_readme(api, repo_id, present)
     if MARK not in present and not is_new:
         raise UserError(
-            f"{repo_id}: the Space exists and holds something else.", "Name another one; this one is left as it is."
+            f"{repo_id}: the Space exists and has other content.", "Choose another name. Nothing was changed."
         )
     return present
 
 
-def _is_hubs_own(api: Any, repo_id: str, present: Sequence[str]) -> bool:
-    """Say whether the page of a Space is what the Hub wrote as it was made, or missing."""
+def _has_default_readme(api: Any, repo_id: str, present: Sequence[str]) -> bool:
+    """Whether the README of a Space is missing or generated by the Hub."""
     if "README.md" not in present:
         return True
     text = Path(api.hf_hub_download(repo_id, "README.md", repo_type="space")).read_text(encoding="utf-8")
@@ -124,15 +126,17 @@ def _is_hubs_own(api: Any, repo_id: str, present: Sequence[str]) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse the options and deploy."""
+    """Command line of the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("space", metavar="USER/SPACE", help="made if it does not exist")
-    parser.add_argument("--model", nargs="+", required=True, metavar="USER/ADAPTER", help="what it speaks with")
+    parser.add_argument("space", metavar="USER/SPACE", help="created if missing")
+    parser.add_argument(
+        "--model", nargs="+", required=True, metavar="USER/ADAPTER", help="adapters of one base, or a merged model"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the model (default: main)")
-    parser.add_argument("--private", action="store_true", help="make a new Space private")
+    parser.add_argument("--private", action="store_true", help="create a private Space")
     options = parser.parse_args(argv)
     url = deploy(options.space, options.model, private=options.private, revision=options.revision)
-    print(f"{url} is being built. Choose its hardware there, and if the adapter is private add a secret HF_TOKEN.")
+    print(f"{url} is building. Choose its hardware in the settings; for a private adapter add a secret HF_TOKEN.")
 
 
 if __name__ == "__main__":

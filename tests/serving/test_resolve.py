@@ -8,7 +8,7 @@ from hf_csm.models.emotion_control import EmotionControl
 from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.models.moshi.export import serving_config
 from hf_csm.models.moshi.tiny import write_tiny_moshi
-from hf_csm.serving.resolve import BASE, Models, Voice, find_models
+from hf_csm.serving.resolve import BASE, AdapterChoice, ResolvedModels, resolve_models
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def strange(other_base, tmp_path_factory, write_adapter):
 
 
 def merged_of(base, folder, emotions):
-    """Stands for a merged model: only its files count here."""
+    """A copy of the base with the metadata of a merged model."""
     shutil.copytree(base, folder)
     control = {"control": "prefix", "prefix_template": "({emotion})", "emotions": emotions}
     (folder / "emotions.json").write_text(json.dumps(control))
@@ -30,11 +30,11 @@ def merged_of(base, folder, emotions):
 
 
 def names_of(models):
-    return [(voice.name, voice.adapter, voice.emotions) for voice in models.voices]
+    return [(choice.name, choice.index, choice.emotions) for choice in models.choices]
 
 
-def test_adapters_are_called_as_their_folders_and_the_base_is_there_too(expressive, calm, tiny_moshi):
-    models = find_models([str(expressive), f"quiet={calm}"])
+def test_adapters_are_named_after_their_folders_and_base_is_added(expressive, calm, tiny_moshi):
+    models = resolve_models([str(expressive), f"quiet={calm}"])
     assert names_of(models) == [
         ("expressive", 0, ("happy", "sad", "angry")),
         ("quiet", 1, ("calm",)),
@@ -48,38 +48,38 @@ def test_adapters_are_called_as_their_folders_and_the_base_is_there_too(expressi
 
 
 @pytest.mark.parametrize("part", ["", "consolidated"])
-def test_a_checkpoint_of_a_run_is_called_as_the_run(as_checkpoint, part):
-    models = find_models([str(as_checkpoint / part)])
+def test_checkpoint_is_named_after_its_run(as_checkpoint, part):
+    models = resolve_models([str(as_checkpoint / part)])
     assert names_of(models)[0] == ("moody", 0, ("happy", "sad"))
 
 
-def test_a_base_or_merged_model_alone_is_the_only_voice(tiny_moshi, tmp_path):
-    assert names_of(find_models([str(tiny_moshi)])) == [(BASE, None, ())]
+def test_base_or_merged_model_is_the_only_choice(tiny_moshi, tmp_path):
+    assert names_of(resolve_models([str(tiny_moshi)])) == [(BASE, None, ())]
     merged = merged_of(tiny_moshi, tmp_path / "moody-moshi", ["sad"])
-    assert names_of(find_models([str(merged)])) == [("merged", None, ("sad",))]
-    assert names_of(find_models([f"mine={merged}"])) == [("mine", None, ("sad",))]
+    assert names_of(resolve_models([str(merged)])) == [("merged", None, ("sad",))]
+    assert names_of(resolve_models([f"mine={merged}"])) == [("mine", None, ("sad",))]
 
 
-def test_the_base_may_be_named_beside_its_adapters(expressive, tiny_moshi, tmp_path):
+def test_base_may_be_given_with_its_adapters(expressive, tiny_moshi, tmp_path):
     elsewhere = tmp_path / "copied"
     shutil.copytree(tiny_moshi, elsewhere)
     for base in (tiny_moshi, elsewhere):
-        assert [voice.name for voice in find_models([str(base), str(expressive)]).voices] == ["expressive", BASE]
+        assert [choice.name for choice in resolve_models([str(base), str(expressive)]).choices] == ["expressive", BASE]
 
 
-def test_a_folder_may_have_an_equals_sign_in_its_name(tiny_moshi, tmp_path, monkeypatch):
+def test_folder_name_may_have_an_equals_sign(tiny_moshi, tmp_path, monkeypatch):
     shutil.copytree(tiny_moshi, tmp_path / "lr=1")
     monkeypatch.chdir(tmp_path)
-    assert find_models(["lr=1"]).base_name == "lr=1"
+    assert resolve_models(["lr=1"]).base_name == "lr=1"
 
 
 def refused(names, **kwargs):
     with pytest.raises(UserError) as error:
-        find_models([str(name) for name in names], **kwargs)
+        resolve_models([str(name) for name in names], **kwargs)
     return error.value
 
 
-def test_adapters_of_two_bases_are_refused_and_both_are_named(expressive, strange, tiny_moshi, other_base):
+def test_adapters_of_different_bases_are_refused(expressive, strange, tiny_moshi, other_base):
     error = refused([expressive, strange])
     assert f"{expressive} is an adapter of {tiny_moshi}" in error.problem
     assert f"{strange} is an adapter of {other_base}" in error.problem
@@ -88,30 +88,30 @@ def test_adapters_of_two_bases_are_refused_and_both_are_named(expressive, strang
     assert str(tiny_moshi) in error.problem
 
 
-def test_one_base_under_another_config_is_another_base(expressive, calm, tmp_path):
+def test_another_config_is_another_base(expressive, calm, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(calm, changed)
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps(config | {"context": 7}))
-    assert "not of one base" in refused([expressive, changed]).problem
+    assert "base models differ" in refused([expressive, changed]).problem
 
 
-def test_names_must_differ_and_base_is_taken(expressive, calm):
+def test_names_are_unique_and_base_is_reserved(expressive, calm):
     assert "'expressive'" in refused([expressive, expressive]).problem
     assert "'base'" in refused([f"base={calm}"]).problem
     assert "NAME=" in refused([f"a={calm}", f"a={expressive}"]).remedy
 
 
-def test_what_cannot_be_combined_is_refused(tiny_moshi, other_base, expressive, tmp_path):
+def test_invalid_combinations_are_refused(tiny_moshi, other_base, expressive, tmp_path):
     merged = merged_of(tiny_moshi, tmp_path / "merged", ["sad"])
     assert "merged model" in refused([merged, expressive]).problem
     assert "whole models" in refused([tiny_moshi, merged]).problem
-    assert refused([]).problem == "No model is named."
+    assert refused([]).problem == "No model was given."
     assert "2 models" in refused([tiny_moshi, expressive], revision="v1").problem
     assert "there is no folder" in refused([tmp_path / "nothing"]).problem.lower()
 
 
-def test_a_config_without_rank_is_refused(expressive, tmp_path):
+def test_config_without_rank_is_refused(expressive, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(expressive, broken)
     config = json.loads((broken / "config.json").read_text())
@@ -120,8 +120,8 @@ def test_a_config_without_rank_is_refused(expressive, tmp_path):
     assert "lora_rank" in refused([broken]).problem
 
 
-def test_the_base_of_an_adapter_is_called_as_its_repository(expressive, tiny_moshi, tmp_path, monkeypatch):
-    """As it is when the base is on the Hub; here only the names in config.json are."""
+def test_base_is_named_after_its_repository(expressive, tiny_moshi, tmp_path, monkeypatch):
+    """Only the names in config.json refer to the Hub here."""
     adapter = tmp_path / "adapter"
     shutil.copytree(expressive, adapter)
     config = json.loads((adapter / "config.json").read_text())
@@ -133,62 +133,62 @@ def test_the_base_of_an_adapter_is_called_as_its_repository(expressive, tiny_mos
     monkeypatch.setattr(
         "hf_csm.models.moshi.checkpoint.fetch_file", lambda repo, name, revision=None: tiny_moshi / name
     )
-    assert find_models([str(adapter)]).base_name == "kyutai/tiny"
+    assert resolve_models([str(adapter)]).base_name == "kyutai/tiny"
 
 
-MODELS = Models(
+MODELS = ResolvedModels(
     None,
     "tiny",
     (),
     (
-        Voice("moody", 0, EmotionControl("prefix", emotions=("happy", "sad"))),
-        Voice("glad", 1, EmotionControl("none", emotions=("happy",))),
-        Voice("mixed", 2, EmotionControl("none", emotions=("angry", "fearful"))),
-        Voice(BASE, None, EmotionControl()),
+        AdapterChoice("moody", 0, EmotionControl("prefix", emotions=("happy", "sad"))),
+        AdapterChoice("glad", 1, EmotionControl("none", emotions=("happy",))),
+        AdapterChoice("mixed", 2, EmotionControl("none", emotions=("angry", "fearful"))),
+        AdapterChoice(BASE, None, EmotionControl()),
     ),
 )
 
 
 @pytest.mark.parametrize(
-    ("emotion", "voice", "chosen"),
+    ("emotion", "adapter", "chosen"),
     [
         (None, None, "moody"),
         ("happy", None, "moody"),
         ("happy", "glad", "glad"),
         (None, "glad", "glad"),
         (None, BASE, BASE),
-        ("sad", BASE, BASE),  # what the adapters are compared with
+        ("sad", BASE, BASE),  # for comparison
     ],
 )
-def test_the_voice_is_the_one_named_or_the_first_that_knows_the_emotion(emotion, voice, chosen):
-    assert MODELS.choose(emotion, voice).name == chosen
+def test_choice_by_name_or_first_that_supports_the_emotion(emotion, adapter, chosen):
+    assert MODELS.choose(emotion, adapter).name == chosen
 
 
 @pytest.mark.parametrize(
-    ("emotion", "voice", "problem", "remedy"),
+    ("emotion", "adapter", "problem", "remedy"),
     [
-        ("hapy", None, "nearest is 'happy'", "The emotions are happy, sad."),
+        ("hapy", None, "nearest is 'happy'", "happy, sad"),
         (
             "sad",
             "glad",
-            "The voice 'glad' does not know the emotion 'sad'.",
-            "The emotions are happy.",
+            "The adapter 'glad' does not support the emotion 'sad'",
+            "happy",
         ),
-        # Trained on both without being told which: nobody can ask it for one.
-        ("angry", None, "does not know the emotion 'angry'", "happy, sad"),
-        ("angry", "mixed", "The voice 'mixed' was not trained", "leave the emotion out"),
-        (None, "mody", "There is no voice 'mody'; nearest is 'moody'.", "moody, glad, mixed, base"),
+        # Trained on several emotions without a prefix: none can be selected.
+        ("angry", None, "does not support the emotion 'angry'", "happy, sad"),
+        ("angry", "mixed", "The adapter 'mixed' does not support emotions", "omit the emotion"),
+        (None, "mody", "There is no adapter 'mody'; nearest is 'moody'.", "moody, glad, mixed, base"),
     ],
 )
-def test_what_no_voice_can_do_is_refused_with_what_there_is(emotion, voice, problem, remedy):
+def test_unknown_adapter_or_emotion_is_refused_with_the_alternatives(emotion, adapter, problem, remedy):
     with pytest.raises(UserError) as error:
-        MODELS.choose(emotion, voice)
+        MODELS.choose(emotion, adapter)
     assert problem in error.value.problem
     assert remedy in error.value.remedy
 
 
-def test_a_base_alone_takes_no_emotion(tiny_moshi):
-    models = find_models([str(tiny_moshi)])
-    for voice in (None, BASE):
-        with pytest.raises(UserError, match="not trained to speak with emotions"):
-            models.choose("happy", voice)
+def test_base_alone_supports_no_emotion(tiny_moshi):
+    models = resolve_models([str(tiny_moshi)])
+    for adapter in (None, BASE):
+        with pytest.raises(UserError, match="does not support emotions"):
+            models.choose("happy", adapter)

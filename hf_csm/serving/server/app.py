@@ -1,9 +1,10 @@
-"""The HTTP side: the page, the API, who may use them, and connections that never say what they want."""
+"""HTTP server: page, API, access control and connection limits."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,43 +13,43 @@ from socket import socket
 from typing import Any
 from urllib.parse import urlsplit
 
-from aiohttp import WSCloseCode, web
+from aiohttp import web
 
 from hf_csm import __version__
-from hf_csm.serving.loaded import MAX_STRENGTH, Speaker
+from hf_csm.serving.loaded import MAX_STRENGTH, LoadedModel
 from hf_csm.serving.server.connection import Connection, Refusal
-from hf_csm.serving.server.journal import write
 from hf_csm.serving.server.limits import Limits
 from hf_csm.serving.server.metrics import Metrics
 from hf_csm.serving.server.scheduler import Scheduler
-from hf_csm.serving.server.session import End, Session, Socket
+from hf_csm.serving.server.session import SERVER_STOPS, Session, Socket
 from hf_csm.units import FRAME_RATE, SAMPLE_RATE
 
 
+LOGGER = logging.getLogger("hf_csm.serving")
+"""Never logs query strings, which may contain a token."""
 PAGE = Path(__file__).parent.parent / "page"
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 SECURITY_HEADERS = {
-    # The last three are not covered by the first.
+    # The last three are not covered by default-src.
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",  # the address of the page may hold the token
+    "Referrer-Policy": "no-referrer",  # the URL of the page may contain the token
     "Cache-Control": "no-cache",
 }
-SERVER_STOPS = End("server_stops", WSCloseCode.GOING_AWAY, "the server is going down")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    """Serves conversations with a speaker; the page and the API around them.
+    """Serves conversations with a model, the page and the API.
 
     Attributes:
-        scheduler: `scheduler.over` is set when the engine failed; then nothing is left to serve.
+        scheduler: its `over` is set when the engine failed and the server must stop.
     """
 
     def __init__(
         self,
-        speaker: Speaker,
+        model: LoadedModel,
         *,
         model_type: str = "moshi",
         limits: Limits | None = None,
@@ -59,24 +60,23 @@ class Server:
     ):
         """
         Args:
-            token: who does not give it may see the page and whether the server is well.
-            allowed_origins: sites whose pages may use the server beside its own, `https://host`; `*` is any.
-            is_local: it may only be used under this machine's own names and those of allowed origins, so that no
-                foreign name can be made to lead a browser here.
+            token: required for everything but the page and `/health`.
+            allowed_origins: origins besides the server's own whose pages may use it, `https://host`; `*` for any.
+            is_local: accept only this machine's own host names and those of allowed origins, against DNS rebinding.
         """
         self.limits = limits or Limits()
         self.metrics = Metrics()
-        self.scheduler = Scheduler(speaker.engine, self.metrics, max_backlog_s=self.limits.max_backlog_s)
-        self._speaker, self._model_type, self._default_emotion = speaker, model_type, default_emotion
+        self.scheduler = Scheduler(model.engine, self.metrics, max_backlog_s=self.limits.max_backlog_s)
+        self._model, self._model_type, self._default_emotion = model, model_type, default_emotion
         self._token, self._allowed_origins, self._is_local = token, set(allowed_origins), is_local
         self._page = {"/" + path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()}
         self._sessions: dict[Session, asyncio.Task[object] | None] = {}
-        self._busy: set[object] = set()  # connections with a request under way
+        self._busy: set[object] = set()  # connections with a request in progress
         self._is_stopping = False
         self._listeners: list[asyncio.Server] = []
 
     async def start(self, sockets: Sequence[socket], tls: ssl.SSLContext | None = None) -> None:
-        """Warm the engine up, then take connections; returns when it does.
+        """Warm up the engine, then listen.
 
         Raises:
             RuntimeError: the engine failed.
@@ -92,7 +92,7 @@ class Server:
         self._janitor = asyncio.create_task(self._close_silent_connections())
 
     async def stop(self) -> None:
-        """End all conversations, then everything else."""
+        """End all sessions and stop listening."""
         self._is_stopping = True
         for listener in self._listeners:
             listener.close()
@@ -106,7 +106,7 @@ class Server:
         await self.scheduler.stop()
 
     def _application(self) -> web.Application:
-        application = web.Application(middlewares=[self._answer])
+        application = web.Application(middlewares=[self._respond])
         application.router.add_get("/api/chat", self._chat)
         application.router.add_get("/api/info", self._info)
         application.router.add_get("/health", self._health)
@@ -114,7 +114,7 @@ class Server:
         application.router.add_get("/{path:.*}", self._show_page)
         return application
 
-    # Who may come in
+    # Connections and access control
 
     def _connection(self) -> asyncio.Protocol:
         server = self._runner.server
@@ -126,7 +126,7 @@ class Server:
         return Connection(server, loop=asyncio.get_running_loop(), **options)
 
     async def _close_silent_connections(self) -> None:
-        """aiohttp lets a connection wait for ever for its first request, or in the middle of one."""
+        """Close connections without a complete request: aiohttp has no timeout for request headers."""
         silent_since: dict[object, float] = {}
         while True:
             await asyncio.sleep(self.limits.check_s)
@@ -139,60 +139,61 @@ class Server:
                     connection.force_close()
 
     @web.middleware
-    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Check who asks, answer in JSON where something is wrong, and log without the query."""
+    async def _respond(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Check access, convert errors to JSON responses, and log the request without its query string."""
         connection = request.protocol
         self._busy.add(connection)
         try:
-            refusal = self._turn_away(request)
-            response = await handler(request) if refusal is None else refusal  # a web.Response is false
+            refusal = self._check_access(request)
+            response = await handler(request) if refusal is None else refusal  # a web.Response is falsy
         except web.HTTPException as error:
-            response = _problem(error.status, error.reason)
+            response = _error(error.status, error.reason)
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception as error:
-            write("request failed", path=request.path, error=repr(error), is_error=True)
-            response = _problem(500, "the server failed")
+            LOGGER.error("request failed path=%r error=%r", request.path, error)
+            response = _error(500, "Internal error.")
         finally:
             self._busy.discard(connection)
         if not response.prepared:
             response.headers.update(SECURITY_HEADERS)
-            if (origin := request.headers.get("Origin")) and self._is_allowed(origin):
+            if (origin := request.headers.get("Origin")) and self._is_allowed_origin(origin):
                 response.headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"})
-        write("request", method=request.method, path=request.path, status=response.status)
+        LOGGER.info("request method=%s path=%r status=%d", request.method, request.path, response.status)
         return response
 
-    def _turn_away(self, request: web.Request) -> web.Response | None:
+    def _check_access(self, request: web.Request) -> web.Response | None:
+        """Return the response to a request that is refused."""
         is_open = request.path == "/health" or request.path == "/" or request.path in self._page
-        host = request.headers.get("Host", "localhost")  # which every browser names
-        if not is_open and not self._is_known(host):
+        host = request.headers.get("Host", "localhost")  # every browser sends it
+        if not is_open and not self._is_allowed_host(host):
             self.metrics.refused.labels("host").inc()
-            return _problem(
+            return _error(
                 403,
-                f"This server answers to localhost, not to {host[:200]}. "
-                f"Start it with --allow-origin {request.scheme}://{host[:200]}.",
+                f"Host {host[:200]} is not allowed; use localhost. "
+                f"Or start the server with --allow-origin {request.scheme}://{host[:200]}.",
             )
-        origin = request.headers.get("Origin")  # browsers name it for the scripts of the page, too
-        is_foreign = origin is not None and not self._is_allowed(origin) and _place(origin)[0] != host
+        origin = request.headers.get("Origin")  # browsers also send it for the scripts of the page
+        is_foreign = origin is not None and not self._is_allowed_origin(origin) and _split_host(origin)[0] != host
         if origin is not None and is_foreign and not is_open:
             self.metrics.refused.labels("origin").inc()
-            return _problem(
-                403, f"Pages of {origin[:200]} may not use this server. Start it with --allow-origin {origin[:200]}."
+            return _error(
+                403, f"Origin {origin[:200]} is not allowed. Start the server with --allow-origin {origin[:200]}."
             )
-        if self._token is not None and not is_open and not self._knows_token(request):
+        if self._token is not None and not is_open and not self._has_token(request):
             self.metrics.refused.labels("token").inc()
-            return _problem(401, "This server wants a token: ?token=... or Authorization: Bearer ...")
+            return _error(401, "This server requires a token: ?token=... or Authorization: Bearer ...")
         return None
 
-    def _is_allowed(self, origin: str) -> bool:
+    def _is_allowed_origin(self, origin: str) -> bool:
         return "*" in self._allowed_origins or origin in self._allowed_origins
 
-    def _is_known(self, host: str) -> bool:
-        """Whether the server may be used under this name of `Host`."""
-        names = {*LOCAL_NAMES, *(_place(origin)[1] for origin in self._allowed_origins)}
-        return not self._is_local or "*" in self._allowed_origins or _place(f"//{host}")[1] in names
+    def _is_allowed_host(self, host: str) -> bool:
+        """Whether requests with this `Host` header are accepted."""
+        names = {*LOCAL_NAMES, *(_split_host(origin)[1] for origin in self._allowed_origins)}
+        return not self._is_local or "*" in self._allowed_origins or _split_host(f"//{host}")[1] in names
 
-    def _knows_token(self, request: web.Request) -> bool:
+    def _has_token(self, request: web.Request) -> bool:
         assert self._token is not None
         scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
         given = request.query.get("token") or (bearer if scheme.lower() == "bearer" else "")
@@ -200,17 +201,17 @@ class Server:
             given.encode(errors="surrogateescape"), self._token.encode(errors="surrogateescape")
         )
 
-    # What there is
+    # Routes
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         socket = Socket(self.limits)
         if not socket.can_prepare(request):
-            return _problem(426, "Conversations are held over a WebSocket.")
+            return _error(426, "This address requires a WebSocket.")
         await socket.prepare(request)
         session = Session(
             socket,
             request,
-            self._speaker,
+            self._model,
             self.scheduler,
             self.limits,
             self.metrics,
@@ -226,20 +227,20 @@ class Server:
         return socket
 
     async def _info(self, request: web.Request) -> web.Response:
-        speaker = self._speaker
+        model = self._model
         return web.json_response(
             {
-                "base_model": _shown(speaker.base_name),
+                "base_model": _public_name(model.base_name),
                 "model_type": self._model_type,
                 "frame_rate": FRAME_RATE,
                 "sample_rate": SAMPLE_RATE,
                 "slots": self.scheduler.num_slots,
                 "free_slots": self.scheduler.num_free,
                 "voices": [
-                    {"name": voice.name, "emotions": list(voice.emotions), "control": voice.control.control}
-                    for voice in speaker.voices
+                    {"name": choice.name, "emotions": list(choice.emotions), "control": choice.control.control}
+                    for choice in model.choices
                 ],
-                "emotions": speaker.emotions,
+                "emotions": model.emotions,
                 "strength": {"min": 0, "max": MAX_STRENGTH, "default": 1},
                 "seeds": self.scheduler.num_slots == 1,
                 "version": __version__,
@@ -247,7 +248,7 @@ class Server:
         )
 
     async def _health(self, request: web.Request) -> web.Response:
-        if self.scheduler.is_well:
+        if self.scheduler.is_healthy:
             return web.json_response({"status": "ok"})
         return web.json_response({"status": "failed" if self.scheduler.error else "stuck"}, status=503)
 
@@ -256,11 +257,11 @@ class Server:
 
     async def _show_page(self, request: web.Request) -> web.StreamResponse:
         path = self._page.get("/index.html" if request.path == "/" else request.path)
-        return _problem(404, "There is nothing here.") if path is None else web.FileResponse(path)
+        return _error(404, "Not found.") if path is None else web.FileResponse(path)
 
 
-def _place(url: str) -> tuple[str, str | None]:
-    """Return host and port as they are written, and the name alone; what is no URL has neither."""
+def _split_host(url: str) -> tuple[str, str | None]:
+    """Return host with port, and host name, of a URL; neither if it is invalid."""
     try:
         parts = urlsplit(url)
         return parts.netloc, parts.hostname
@@ -268,15 +269,15 @@ def _place(url: str) -> tuple[str, str | None]:
         return "", None
 
 
-def _shown(model: str) -> str:
-    """Return what strangers may see of a model's name: of a folder of this machine the last part.
+def _public_name(model: str) -> str:
+    """Return the name of a model for clients: of a local folder only the last part.
 
-    >>> _shown("kyutai/moshiko-pytorch-bf16"), _shown("/home/me/models/base")
+    >>> _public_name("kyutai/moshiko-pytorch-bf16"), _public_name("/home/me/models/base")
     ('kyutai/moshiko-pytorch-bf16', 'base')
     """
     path = Path(model).expanduser()
     return path.resolve().name if path.is_absolute() or path.exists() else model
 
 
-def _problem(status: int, message: str) -> web.Response:
+def _error(status: int, message: str) -> web.Response:
     return web.json_response({"error": message}, status=status)

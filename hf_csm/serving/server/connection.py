@@ -1,4 +1,4 @@
-"""Connections that may not hold more memory than a message needs, and those that are one too many."""
+"""Connections with bounded input buffers, and refused connections."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from aiohttp import web
 
 
 READ_AHEAD_BYTES = 512 * 1024
-"""aiohttp stops reading with 128 KB of messages waiting; the last read adds up to 256 KB."""
+"""aiohttp pauses reading with 128 KB of messages queued; the last read adds up to 256 KB."""
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's, with a bound: it would keep a frame that says it has 8 exabytes for as long as these keep coming.
+    """aiohttp's connection with a bounded input buffer: `max_msg_size` is checked only when a frame is complete.
 
     Attributes:
-        max_message_bytes: None as long as it is plain HTTP.
-        num_bytes: that came since `num_bytes` was last set to 0, which is when a message was taken.
-        on_too_large: called once when these cannot be a message any more.
+        max_message_bytes: None while the connection is plain HTTP.
+        num_bytes: bytes received since the last complete message; the session resets it.
+        on_too_large: called when the current message exceeds the limit.
     """
 
     max_message_bytes: int | None = None
@@ -31,12 +31,12 @@ class Connection(web.RequestHandler):
             if self.num_bytes > self.max_message_bytes + READ_AHEAD_BYTES:
                 if self.on_too_large is not None:
                     self.on_too_large()
-                return  # the rest of it is not kept
+                return
         super().data_received(data)
 
 
 class Refusal(asyncio.Protocol):
-    """A connection too many."""
+    """A connection beyond the limit, closed at once."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)

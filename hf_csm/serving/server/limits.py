@@ -1,4 +1,4 @@
-"""What a client may ask of the server before its conversation is ended, and how that is said."""
+"""Limits of a session and of a connection."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from dataclasses import dataclass
 from hf_csm.units import Seconds
 
 
-LONGEST_REASON = 123
-"""Bytes that a WebSocket close frame has for its reason."""
+MAX_REASON_BYTES = 123
+"""Maximum length of the reason in a WebSocket close frame."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a conversation and of a connection; stock clients stay far within them.
+    """Limits of a session and of a connection; moshi's own clients stay far below them.
 
     Attributes:
         max_message_bytes: of one WebSocket message.
         max_control_bytes: of one control message.
-        messages_per_s: messages that bring no audio, in the long run. Those that do are paced by the engine.
-        messages_burst: such messages at once.
-        max_backlog_s: audio of the user that waits for the engine; what is beyond is left unread on the line.
-        max_unsent_s: audio of Moshi that waits for the reader, on top of 128 KB in the system's buffer.
-        max_conversation_s: from handshake to end.
-        idle_s: without audio from the client.
-        ping_s: without any message, after which the client is asked whether it is there.
-        vanished_s: without any message, after which it is taken to be gone.
-        closing_s: for the client to answer a close frame, then the connection is cut.
-        request_s: for a connection to make a request.
-        max_connections: at once, those without a conversation included.
-        check_s: between two looks at the above.
+        messages_per_s: sustained rate of messages without audio. Audio is paced by the engine.
+        messages_burst: burst size of such messages.
+        max_backlog_s: user audio queued for the engine; beyond it, the server stops reading.
+        max_unsent_s: model audio in the send queue, in addition to 128 KB in the socket buffer.
+        max_conversation_s: length of a session.
+        idle_s: time without audio from the client.
+        heartbeat_s: time without a message after which a ping is sent; half of it later the client counts as gone.
+        closing_s: time to answer a close frame.
+        request_s: time for a connection to make a request.
+        max_connections: open connections, including those without a session.
+        check_s: interval between checks of the above.
     """
 
     max_message_bytes: int = 256 * 1024
@@ -42,8 +41,7 @@ class Limits:
     max_unsent_s: Seconds = 8.0
     max_conversation_s: Seconds = 3600.0
     idle_s: Seconds = 60.0
-    ping_s: Seconds = 10.0
-    vanished_s: Seconds = 25.0
+    heartbeat_s: Seconds = 16.0
     closing_s: Seconds = 3.0
     request_s: Seconds = 10.0
     max_connections: int = 256
@@ -51,14 +49,14 @@ class Limits:
 
 
 class TokenBucket:
-    """Lets `per_s` through in the long run and `burst` at once."""
+    """Rate limiter: `per_s` sustained, `burst` at once."""
 
     def __init__(self, per_s: float, burst: int, clock: Callable[[], float] = time.monotonic):
         self._per_s, self._burst, self._clock = per_s, float(burst), clock
         self._level, self._since = float(burst), clock()
 
     def take(self) -> bool:
-        """Take one, or return False when there is none left."""
+        """Take one token; return False if none is left."""
         now = self._clock()
         self._level = min(self._burst, self._level + (now - self._since) * self._per_s)
         self._since = now
@@ -69,5 +67,5 @@ class TokenBucket:
 
 
 def close_reason(text: str) -> bytes:
-    """Return `text` as the reason of a close frame, cut where it is too long, between two characters."""
-    return text.encode()[:LONGEST_REASON].decode(errors="ignore").encode()
+    """Encode the reason of a close frame, truncated to the maximum length between characters."""
+    return text.encode()[:MAX_REASON_BYTES].decode(errors="ignore").encode()

@@ -1,7 +1,7 @@
-"""One thread that owns the engine and steps every conversation that has a frame waiting, a frame each.
+"""One thread owns the engine and steps, one frame each, every conversation that has a frame waiting.
 
-Everything for a slot, frames and commands, comes to the engine in one queue, in order. The event loop never waits for
-the engine and the engine never for a client.
+Frames and commands of a slot reach the engine in order, through one queue. The event loop never waits for the engine,
+and the engine never waits for a client.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from hf_csm.models.family import Frame
 from hf_csm.serving.server.metrics import Metrics
+from hf_csm.serving.server.protocol import Message
 from hf_csm.units import FRAME_RATE, Seconds
 
 
 STUCK_S = 10.0
-"""A step takes a fraction of this, or the engine does not answer any more."""
+"""A step that takes longer means that the engine hangs."""
 
-Command = Callable[[], list[object]]
+Command = Callable[[], list[Message]]
 
 
 class Stepper(Protocol):
-    """The part of `models.streaming.Engine` that is called from the thread."""
+    """The part of an engine that the thread uses."""
 
     num_slots: int
 
@@ -36,105 +38,99 @@ class Stepper(Protocol):
     def step(self, frames: Mapping[int, np.ndarray]) -> dict[int, Frame]: ...
 
 
-class Lane:
-    """A slot while it is taken by one conversation. For the event loop.
+class Client(Protocol):
+    """The conversation that holds a slot."""
+
+    def on_frame(self, frame: Frame) -> list[Message]:
+        """Return the messages to send for a generated frame. Called in the engine's thread."""
+        ...
+
+    def enqueue(self, message: Message) -> None:
+        """Queue a message for sending. Called in the event loop, in order."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """Handle an error of a command, of `on_frame` or of the engine. Called in the event loop."""
+        ...
+
+
+class SlotLease:
+    """A slot while one conversation holds it. Used from the event loop.
 
     Attributes:
-        slot: its number.
-        is_released: the conversation is over; nothing is delivered any more.
-        num_frames: that the engine has taken.
+        slot: its index.
+        client: the conversation.
+        queue: frames and commands for the engine; guarded by the scheduler's lock.
+        is_released: the conversation is over; its client is not called any more.
+        num_frames: frames that the engine has stepped.
+        num_waiting: frames that it has yet to step.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        slot: int,
-        hear: Callable[[Frame], list[object]],
-        deliver: Callable[[object], None],
-        fail: Callable[[Exception], None],
-    ):
-        self.slot = slot
+    def __init__(self, scheduler: Scheduler, slot: int, client: Client):
+        self.slot, self.client = slot, client
+        self.queue: deque[np.ndarray | Command] = deque()
         self.is_released = False
-        self.num_frames = 0
+        self.num_frames = self.num_waiting = 0
         self._scheduler = scheduler
-        self._hear, self._deliver, self._fail = hear, deliver, fail
-        self._work: deque[np.ndarray | Command] = deque()
-        self._num_waiting = 0
-        self._room = asyncio.Event()
+        self._has_room = asyncio.Event()
 
     async def put(self, frame: np.ndarray) -> None:
-        """Hand over what the user says, `[1920]`; waits while the engine is far behind."""
-        while self._num_waiting >= self._scheduler.max_backlog and not self.is_released:
-            self._room.clear()
-            await self._room.wait()
-        self._num_waiting += 1
-        self._scheduler.add(self, frame)
+        """Queue a frame of user audio, `[1920]`; waits while the backlog is full."""
+        while self.num_waiting >= self._scheduler.max_backlog and not self.is_released:
+            self._has_room.clear()
+            await self._has_room.wait()
+        self.num_waiting += 1
+        self._scheduler.submit(self, frame)
 
-    def call(self, command: Command) -> None:
-        """Have a command run by the engine's thread after the frames that were put; what it returns is delivered.
-
-        Where the engine does not keep up, the command waits with the audio before it: up to `max_backlog` frames.
-        """
-        self._scheduler.add(self, command)
+    def run(self, command: Command) -> None:
+        """Run a command in the engine's thread after the frames queued before it, and send what it returns."""
+        self._scheduler.submit(self, command)
 
     def release(self) -> None:
-        """Give the slot back; it is free at once."""
+        """Free the slot; what is queued is dropped."""
         if not self.is_released:
             self.is_released = True
-            self._room.set()
+            self._has_room.set()
             self._scheduler.free(self)
 
-    # What follows is called by the scheduler: `take` and `hear` in the engine's thread, `arrive` in the loop's.
-
-    def take(self) -> tuple[list[Command], np.ndarray | None]:
-        """Remove commands up to the next frame, and that frame."""
-        commands: list[Command] = []
-        while self._work:
-            work = self._work.popleft()
-            if isinstance(work, np.ndarray):
-                return commands, work
-            commands.append(work)
-        return commands, None
-
-    def add(self, work: np.ndarray | Command) -> None:
-        """Append to the queue."""
-        self._work.append(work)
-
-    def has_work(self) -> bool:
-        """Whether `take` would give anything."""
-        return bool(self._work)
-
-    def hear(self, frame: Frame) -> list[object]:
-        """Turn what Moshi said into what is delivered."""
-        return self._hear(frame)
-
-    def arrive(self, has_room: bool, things: list[object], error: Exception | None) -> None:
-        """Deliver what a step gave."""
-        if has_room:
-            self._num_waiting -= 1
+    def deliver(self, step: Step) -> None:
+        """Pass the results of a step to the client."""
+        if step.frame is not None:
+            self.num_waiting -= 1
             self.num_frames += 1
-            self._room.set()
-        for thing in things:
+            self._has_room.set()
+        for message in step.messages:
             if not self.is_released:
-                self._deliver(thing)
-        if error is not None and not self.is_released:
-            self._fail(error)
+                self.client.enqueue(message)
+        if step.error is not None and not self.is_released:
+            self.client.fail(step.error)
+
+
+@dataclass
+class Step:
+    """Work of one slot for one step of the engine, and its results."""
+
+    lease: SlotLease
+    commands: list[Command] = field(default_factory=list)
+    frame: np.ndarray | None = None
+    messages: list[Message] = field(default_factory=list)
+    error: BaseException | None = None
 
 
 class Scheduler:
-    """Slots, and the thread that steps them.
+    """The slots, and the thread that steps them.
 
     Attributes:
         max_backlog: frames of one user that may wait.
-        error: what ended the thread; None while all is well.
-        over: set when the engine failed. It cannot be mended: what a device holds after an error is unknown.
+        error: what ended the thread; None while it runs.
+        over: set when the engine failed. It cannot recover: the state of the device is unknown.
     """
 
     def __init__(self, engine: Stepper, metrics: Metrics, *, max_backlog_s: Seconds = 2.0):
         self.max_backlog = max(1, round(max_backlog_s * FRAME_RATE))
         self.error: BaseException | None = None
         self._engine, self._metrics = engine, metrics
-        self._lanes: dict[int, Lane] = {}
+        self._leases: dict[int, SlotLease] = {}
         self._changed = threading.Condition()
         self._is_stopping = False
         self._busy_since: float | None = None
@@ -143,7 +139,7 @@ class Scheduler:
         metrics.slots.set(engine.num_slots)
 
     async def start(self) -> None:
-        """Start the thread; returns when the engine is warm.
+        """Start the thread and wait until the engine is warm.
 
         Raises:
             RuntimeError: the engine failed.
@@ -152,60 +148,49 @@ class Scheduler:
         self._thread.start()
         await self._ready.wait()
         if self.error is not None:
-            raise RuntimeError("the engine failed as it warmed up") from self.error
+            raise RuntimeError("the engine failed during warm-up") from self.error
 
     @property
     def num_slots(self) -> int:
-        """Conversations that fit."""
+        """Number of simultaneous conversations."""
         return self._engine.num_slots
 
     @property
     def num_free(self) -> int:
-        """Slots that are not taken."""
-        return self.num_slots - len(self._lanes)
+        """Number of free slots."""
+        return self.num_slots - len(self._leases)
 
     @property
-    def is_well(self) -> bool:
-        """Whether the engine answers."""
+    def is_healthy(self) -> bool:
+        """Whether the engine runs and does not hang."""
         busy_since = self._busy_since
         is_stuck = busy_since is not None and time.monotonic() - busy_since > STUCK_S
         return self.error is None and self._thread.is_alive() and not is_stuck
 
-    def acquire(
-        self,
-        hear: Callable[[Frame], list[object]],
-        deliver: Callable[[object], None],
-        fail: Callable[[Exception], None],
-    ) -> Lane | None:
-        """Take a free slot, if there is one.
-
-        Args:
-            hear: called in the engine's thread with each frame Moshi says; returns what is delivered for it.
-            deliver: called in the event loop with each thing that a command or `hear` returned, in order.
-            fail: called in the event loop when a command, `hear` or the engine raised.
-        """
+    def acquire(self, client: Client) -> SlotLease | None:
+        """Lease a free slot to a client; None if all are taken."""
         for slot in range(self.num_slots):
-            if slot not in self._lanes:
-                lane = Lane(self, slot, hear, deliver, fail)
+            if slot not in self._leases:
+                lease = SlotLease(self, slot, client)
                 with self._changed:
-                    self._lanes[slot] = lane
-                return lane
+                    self._leases[slot] = lease
+                return lease
         return None
 
-    def add(self, lane: Lane, work: np.ndarray | Command) -> None:
-        """Queue work for a lane; it is never done if the lane was given back."""
+    def submit(self, lease: SlotLease, work: np.ndarray | Command) -> None:
+        """Queue work for a slot; dropped if the slot is released before it runs."""
         with self._changed:
-            lane.add(work)
+            lease.queue.append(work)
             self._changed.notify()
 
-    def free(self, lane: Lane) -> None:
-        """Forget a lane with all it has queued."""
+    def free(self, lease: SlotLease) -> None:
+        """Make the slot of a released lease available."""
         with self._changed:
-            if self._lanes.get(lane.slot) is lane:
-                del self._lanes[lane.slot]
+            if self._leases.get(lease.slot) is lease:
+                del self._leases[lease.slot]
 
     async def stop(self, timeout_s: Seconds = STUCK_S) -> None:
-        """End the thread after the step it is in."""
+        """End the thread after its current step."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify()
@@ -214,64 +199,67 @@ class Scheduler:
     def _run(self) -> None:
         try:
             self._engine.warm_up()
-            self._tell(self._ready.set)
-            while (work := self._take()) is not None:
+            self._call_in_loop(self._ready.set)
+            while (steps := self._next_steps()) is not None:
                 self._busy_since = time.monotonic()
-                self._do(work)
+                self._run_steps(steps)
                 self._busy_since = None
         except BaseException as error:
             self.error = error
-            self._tell(self._end)
-        self._tell(self._ready.set)
+            self._call_in_loop(self._end)
+        self._call_in_loop(self._ready.set)
 
-    def _take(self) -> list[tuple[Lane, list[Command], np.ndarray | None]] | None:
+    def _next_steps(self) -> list[Step] | None:
+        """Wait for work, and take from each queue the commands up to its next frame, and that frame."""
         with self._changed:
             while not self._is_stopping:
-                work = [(lane, *lane.take()) for lane in self._lanes.values() if lane.has_work()]
-                if work:
-                    return work
+                steps = [Step(lease) for lease in self._leases.values() if lease.queue]
+                for step in steps:
+                    while step.lease.queue and step.frame is None:
+                        work = step.lease.queue.popleft()
+                        if isinstance(work, np.ndarray):
+                            step.frame = work
+                        else:
+                            step.commands.append(work)
+                if steps:
+                    return steps
                 self._changed.wait()
         return None
 
-    def _do(self, work: list[tuple[Lane, list[Command], np.ndarray | None]]) -> None:
-        """Run the commands, then one step for all; a command that raises ends its own conversation only."""
-        things: dict[Lane, list[object]] = {lane: [] for lane, _, _ in work}
-        errors: dict[Lane, Exception] = {}
-        for lane, commands, _ in work:
+    def _run_steps(self, steps: list[Step]) -> None:
+        """Run the commands, then one engine step for all slots; an error of one client ends only its conversation."""
+        for step in steps:
             try:
-                for command in commands:
-                    things[lane] += command()
+                for command in step.commands:
+                    step.messages += command()
             except Exception as error:
-                errors[lane] = error
-        frames = {lane.slot: frame for lane, _, frame in work if frame is not None and lane not in errors}
+                step.error = error
+        frames = {step.lease.slot: step.frame for step in steps if step.frame is not None and step.error is None}
         if frames:
             start = time.perf_counter()
-            said = self._engine.step(frames)
+            generated = self._engine.step(frames)
             self._metrics.frame_time.observe(time.perf_counter() - start)
             self._metrics.frames.inc(len(frames))
-            for lane in things:
-                if lane.slot in said and lane not in errors:
+            for step in steps:
+                if step.lease.slot in generated and step.error is None:
                     try:
-                        things[lane] += lane.hear(said[lane.slot])
+                        step.messages += step.lease.client.on_frame(generated[step.lease.slot])
                     except Exception as error:
-                        errors[lane] = error
-        self._tell(
-            self._arrive, [(lane, frame is not None, things[lane], errors.get(lane)) for lane, _, frame in work]
-        )
+                        step.error = error
+        self._call_in_loop(self._deliver, steps)
 
-    def _tell(self, function: Callable[..., None], *args: object) -> None:
+    def _call_in_loop(self, function: Callable[..., None], *args: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # the loop is closed: nobody listens any more
+        except RuntimeError:  # the loop is closed
             self._is_stopping = True
 
-    def _arrive(self, arrivals: list[tuple[Lane, bool, list[object], Exception | None]]) -> None:
-        for lane, has_room, things, error in arrivals:
-            lane.arrive(has_room, things, error)
+    def _deliver(self, steps: list[Step]) -> None:
+        for step in steps:
+            step.lease.deliver(step)
 
     def _end(self) -> None:
-        assert self.error is not None
         failure = RuntimeError(f"the engine failed: {self.error}")
-        for lane in list(self._lanes.values()):
-            lane.arrive(False, [], failure)
+        for lease in list(self._leases.values()):
+            lease.deliver(Step(lease, error=failure))
         self.over.set()

@@ -1,7 +1,7 @@
 """One conversation over one WebSocket, from handshake to close frame.
 
-Three tasks: one reads, one writes, one looks at the clock. The first that finds a reason ends them all; the slot is
-given back before the client is told, so that no client can hold it.
+Three tasks receive, send and check time limits. The first that ends the session ends all; the slot is freed before the
+close handshake, so that no client can hold it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -21,38 +22,49 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from hf_csm.errors import UserError
 from hf_csm.models.family import Frame
-from hf_csm.serving.loaded import Speaker
+from hf_csm.serving.loaded import LoadedModel
 from hf_csm.serving.server.connection import Connection
-from hf_csm.serving.server.journal import write
 from hf_csm.serving.server.limits import Limits, TokenBucket, close_reason
 from hf_csm.serving.server.metrics import Metrics
-from hf_csm.serving.server.protocol import AUDIO, AUDIO_FORMATS, HANDSHAKE, BadAudio, Framer, text_message
+from hf_csm.serving.server.protocol import (
+    AUDIO,
+    AUDIO_FORMATS,
+    HANDSHAKE,
+    BadAudio,
+    Event,
+    Framer,
+    Handshake,
+    Message,
+    Pong,
+    text_message,
+)
 from hf_csm.serving.server.scheduler import Scheduler
-from hf_csm.serving.server.steering import HANDSHAKE_NOW, TRUE, Talk, error_message, read_control, read_query
+from hf_csm.serving.server.steering import TRUE, SteeringState, error_event, read_control, read_query
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 
-ENOUGH_SAMPLES = SAMPLE_RATE // 100
-"""A message that brings 10 ms of audio is paced by the engine and needs no other limit."""
+LOGGER = logging.getLogger("hf_csm.serving")
+"""Never logs audio, text, tokens or query strings."""
+MIN_PACED_SAMPLES = SAMPLE_RATE // 100
+"""Messages with at least 10 ms of audio are paced by the engine; all others are rate-limited."""
 UNSENT_BYTES = 16 * 1024
-"""That the event loop keeps for a slow reader, beside the system's buffer; then frames are counted."""
+"""Write buffer of the event loop, in addition to the socket buffer; frames beyond it are counted."""
 DEFAULT_REASONS: dict[int, bytes] = {
-    WSCloseCode.MESSAGE_TOO_BIG: b"too large a message",
-    WSCloseCode.PROTOCOL_ERROR: b"not a WebSocket message",
-    WSCloseCode.INVALID_TEXT: b"text that is not UTF-8",
+    WSCloseCode.MESSAGE_TOO_BIG: b"message too large",
+    WSCloseCode.PROTOCOL_ERROR: b"invalid WebSocket frame",
+    WSCloseCode.INVALID_TEXT: b"text is not UTF-8",
 }
-PING, PONG = object(), object()
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
 class End:
-    """Why a conversation is over.
+    """Why a session ended.
 
     Attributes:
-        label: for the metrics and the log.
-        code: of the close frame; None where there is nobody to send it to.
-        reason: for people, in the close frame.
+        label: for metrics and log.
+        code: of the close frame; None if the client is gone.
+        reason: of the close frame, human-readable.
     """
 
     label: str
@@ -62,20 +74,21 @@ class End:
 
 LEFT = End("client_left")
 VANISHED = End("vanished")
-TOO_LARGE = End("bad_message", WSCloseCode.MESSAGE_TOO_BIG, "too large a message")
-ENDS_OF_CLIENTS = (LEFT.label,)
+TOO_LARGE = End("bad_message", WSCloseCode.MESSAGE_TOO_BIG, "message too large")
+SERVER_STOPS = End("server_stops", WSCloseCode.GOING_AWAY, "server is shutting down")
 
 
 class Socket(web.WebSocketResponse):
-    """A WebSocket whose close frames always have a reason where something was wrong."""
+    """A WebSocket that gives a reason in its close frames after an error."""
 
     def __init__(self, limits: Limits):
         super().__init__(
             timeout=limits.closing_s,
-            autoping=False,
-            compress=False,  # audio is compressed already, and what is inflated can be very large
+            autoping=False,  # pongs go through the send queue, which is bounded
+            heartbeat=limits.heartbeat_s,
+            compress=False,  # audio is already compressed, and decompression could exhaust memory
             max_msg_size=limits.max_message_bytes,
-            writer_limit=0,  # waits for the line after each message, so that what is unsent is known
+            writer_limit=0,  # drain after each message, so that the send queue is measured
         )
 
     async def close(self, *, code: int = WSCloseCode.OK, message: bytes = b"", drain: bool = True) -> bool:
@@ -83,17 +96,17 @@ class Socket(web.WebSocketResponse):
 
 
 class Session:
-    """A client's conversation.
+    """A conversation with one client; the `Client` of its slot.
 
     Attributes:
-        number: of the session, for the log.
+        number: for the log.
     """
 
     def __init__(
         self,
         socket: Socket,
         request: web.Request,
-        speaker: Speaker,
+        model: LoadedModel,
         scheduler: Scheduler,
         limits: Limits,
         metrics: Metrics,
@@ -106,68 +119,66 @@ class Session:
         self._connection.max_message_bytes = limits.max_message_bytes
         self._connection.on_too_large = lambda: self.end(TOO_LARGE)
         self._query = request.query
-        self._speaker, self._scheduler, self._limits, self._metrics = speaker, scheduler, limits, metrics
+        self._model, self._scheduler, self._limits, self._metrics = model, scheduler, limits, metrics
         self._default_emotion = default_emotion
         self._bucket = TokenBucket(limits.messages_per_s, limits.messages_burst)
         self._over: asyncio.Future[End] = asyncio.get_running_loop().create_future()
-        self._unsent: deque[object] = deque()
+        self._unsent: deque[Message] = deque()
         self._num_unsent_frames = 0
         self._has_unsent = asyncio.Event()
-        self._wants_events = False
+        self._sends_events = False
         self._began_s = self._last_audio_s = time.monotonic()
-        self._waiting_since_s: float | None = None
-        self._is_pinged = False
 
     def end(self, end: End) -> None:
-        """End it for this reason, unless it has ended already."""
+        """End the session, unless it has ended already."""
         if not self._over.done():
             self._over.set_result(end)
 
     async def run(self) -> None:
-        """Hold the conversation, whatever happens in it."""
+        """Run the session to its end."""
         try:
-            opening = read_query(
+            options = read_query(
                 self._query,
-                self._speaker,
+                self._model,
                 default_emotion=self._default_emotion,
                 takes_seeds=self._scheduler.num_slots == 1,
             )
         except UserError as error:
             await self._refuse(error, End("query", WSCloseCode.POLICY_VIOLATION, error.problem))
             return
-        lane = self._scheduler.acquire(self._hear, self._deliver, self._fail)
-        if lane is None:
-            busy = UserError(f"busy: all {self._scheduler.num_slots} conversations are taken;", "try again later")
+        lease = self._scheduler.acquire(self)
+        if lease is None:
+            busy = UserError(f"busy: all {self._scheduler.num_slots} slots are in use;", "try again later")
             reason = f"{busy.problem} {busy.remedy}"
             await self._refuse(busy, End("busy", WSCloseCode.TRY_AGAIN_LATER, reason))
             return
-        self._lane = lane
-        self._talk = Talk(self._speaker, lane.slot, opening)
-        self._wants_events = opening.events
-        self._audio = AUDIO_FORMATS[opening.audio]()
+        self._lease = lease
+        self._steering = SteeringState(self._model, lease.slot, options)
+        self._sends_events = options.events
+        self._audio = AUDIO_FORMATS[options.audio]()
         self._framer = Framer(self._audio)
         self._metrics.sessions.inc()
         self._metrics.sessions_active.inc()
-        write("conversation begins", session=self.number, slot=lane.slot, audio=opening.audio)
+        LOGGER.info("session started session=%d slot=%d audio=%s", self.number, lease.slot, options.audio)
         if self._transport is not None:
             self._transport.set_write_buffer_limits(high=UNSENT_BYTES)
-        lane.call(self._talk.begin)
+        lease.run(self._steering.start)
         tasks = [asyncio.create_task(self._guard(work)) for work in (self._receive, self._send, self._watch)]
-        end = End("server_stops", WSCloseCode.GOING_AWAY, "the server is going down")
+        end = SERVER_STOPS
         try:
             end = await self._over
         finally:
-            lane.release()
+            lease.release()
             self._metrics.sessions_active.dec()
-            if end.label not in ENDS_OF_CLIENTS:
+            if end is not LEFT:
                 self._metrics.drops.labels(end.label).inc()
-            write(
-                "conversation ends",
-                session=self.number,
-                slot=lane.slot,
-                why=end.label,
-                seconds=round(time.monotonic() - self._began_s, 1),
-                frames=lane.num_frames,
+            LOGGER.info(
+                "session ended session=%d slot=%d reason=%s seconds=%.1f frames=%d",
+                self.number,
+                lease.slot,
+                end.label,
+                time.monotonic() - self._began_s,
+                lease.num_frames,
             )
             for task in tasks:
                 task.cancel()
@@ -176,20 +187,20 @@ class Session:
 
     async def _refuse(self, error: UserError, end: End) -> None:
         self._metrics.refused.labels(end.label).inc()
-        write("conversation refused", session=self.number, why=end.label)
+        LOGGER.info("session refused session=%d reason=%s", self.number, end.label)
         if self._query.get("events", "").lower() in TRUE:
-            await self._quietly(self._socket.send_json(error_message(error)))
+            await self._try_send(self._socket.send_json(error_event(error).content))
         await self._close(end)
 
     async def _close(self, end: End) -> None:
         if end.code is not None:
-            await self._quietly(self._socket.close(code=end.code, message=close_reason(end.reason)))
-        # What a client does not read would stay in memory for as long as it holds the line.
+            await self._try_send(self._socket.close(code=end.code, message=close_reason(end.reason)))
+        # Unread data would stay in memory as long as the client keeps the connection open.
         if self._transport is not None and (end is VANISHED or self._transport.get_write_buffer_size()):
             self._transport.abort()
 
-    async def _quietly(self, sending: Coroutine[Any, Any, Any]) -> None:
-        with contextlib.suppress(OSError, RuntimeError, asyncio.TimeoutError):  # nobody is there to be told
+    async def _try_send(self, sending: Coroutine[Any, Any, Any]) -> None:
+        with contextlib.suppress(OSError, RuntimeError, asyncio.TimeoutError):  # the client is gone
             await asyncio.wait_for(sending, self._limits.closing_s + 0.5)
 
     async def _guard(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -199,36 +210,34 @@ class Session:
             self.end(VANISHED)
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # a panic of the Opus extension is no Exception
-            self._fail(error)
+        except BaseException as error:  # a panic of the Opus extension derives from BaseException
+            self.fail(error)
 
-    # The engine's side
+    # Called by the scheduler
 
-    def _hear(self, frame: Frame) -> list[object]:
-        return self._talk.hear(frame)
+    def on_frame(self, frame: Frame) -> list[Message]:
+        return self._steering.on_frame(frame)
 
-    def _fail(self, error: BaseException) -> None:
-        write("conversation failed", session=self.number, error=repr(error), is_error=True)
-        self.end(End("failed", WSCloseCode.INTERNAL_ERROR, "the server failed"))
+    def fail(self, error: BaseException) -> None:
+        LOGGER.error("session failed session=%d error=%r", self.number, error)
+        self.end(End("failed", WSCloseCode.INTERNAL_ERROR, "internal error"))
 
-    def _deliver(self, thing: object) -> None:
-        if isinstance(thing, dict) and not self._wants_events:
+    def enqueue(self, message: Message) -> None:
+        if isinstance(message, Event) and not self._sends_events:
             return
-        self._unsent.append(thing)
+        self._unsent.append(message)
         self._has_unsent.set()
-        if isinstance(thing, Frame):
+        if isinstance(message, Frame):
             self._num_unsent_frames += 1
         limit = self._limits.max_unsent_s * SAMPLE_RATE / SAMPLES_PER_FRAME
         if self._num_unsent_frames > limit or len(self._unsent) > 10 * limit + 100:
-            self.end(End("slow_reader", WSCloseCode.POLICY_VIOLATION, "too slow a reader"))
+            self.end(End("slow_reader", WSCloseCode.POLICY_VIOLATION, "client reads too slowly"))
 
-    # From the client
+    # Receiving
 
     async def _receive(self) -> None:
         while True:
-            self._waiting_since_s = time.monotonic()
             message = await self._socket.receive()
-            self._waiting_since_s, self._is_pinged = None, False
             self._connection.num_bytes = 0
             if message.type is WSMsgType.ERROR:
                 self.end(End("bad_message") if isinstance(message.data, aiohttp.WebSocketError) else VANISHED)
@@ -238,25 +247,25 @@ class Session:
                 return
             before = self._framer.num_samples
             if message.type is WSMsgType.BINARY:
-                if not await self._take_binary(message.data):
+                if not await self._on_binary(message.data):
                     return
             elif message.type is WSMsgType.TEXT:
-                self._take_text(message.data)
+                self._on_text(message.data)
             elif message.type is WSMsgType.PING:
-                self._deliver((PONG, message.data))
-            if self._framer.num_samples - before < ENOUGH_SAMPLES and not self._bucket.take():
+                self.enqueue(Pong(message.data))
+            if self._framer.num_samples - before < MIN_PACED_SAMPLES and not self._bucket.take():
                 self.end(End("too_fast", WSCloseCode.POLICY_VIOLATION, "too many messages"))
                 return
 
-    async def _take_binary(self, data: bytes) -> bool:
-        """Take in a message; False ends the conversation."""
+    async def _on_binary(self, data: bytes) -> bool:
+        """Handle a binary message; return False if it ends the session."""
         if not data:
             self._metrics.ignored.labels("empty").inc()
         elif data[0] == AUDIO:
             try:
                 for frame in self._framer.frames(data[1:]):
                     self._last_audio_s = time.monotonic()
-                    await self._lane.put(frame)
+                    await self._lease.put(frame)
             except BadAudio as error:
                 self.end(End("bad_audio", WSCloseCode.INVALID_TEXT, str(error)))
                 return False
@@ -264,46 +273,46 @@ class Session:
             self._metrics.ignored.labels("unknown_kind").inc()
         return True
 
-    def _take_text(self, text: str) -> None:
-        self._wants_events = True
+    def _on_text(self, text: str) -> None:
+        self._sends_events = True
         try:
             if len(text) > self._limits.max_control_bytes:
-                raise UserError("Too long a control message.", f"Keep to {self._limits.max_control_bytes} characters.")
-            wish = read_control(text)
+                raise UserError(
+                    "Control message too long.", f"The limit is {self._limits.max_control_bytes} characters."
+                )
+            request = read_control(text)
         except UserError as error:
             self._metrics.ignored.labels("bad_control").inc()
-            self._deliver(error_message(error))
+            self.enqueue(error_event(error))
             return
-        self._lane.call(lambda: self._talk.wish(wish))
+        self._lease.run(lambda: self._steering.on_request(request))
 
-    # To the client
+    # Sending
 
     async def _send(self) -> None:
         while True:
             await self._has_unsent.wait()
             while self._unsent:
-                thing = self._unsent.popleft()
-                if isinstance(thing, Frame):
-                    self._num_unsent_frames -= 1
-                    await self._send_frame(thing)
-                elif isinstance(thing, dict):
-                    await self._socket.send_str(json.dumps(thing))
-                elif thing is HANDSHAKE_NOW:
-                    await self._socket.send_bytes(bytes([HANDSHAKE]))
-                elif thing is PING:
-                    await self._socket.ping()
-                elif isinstance(thing, tuple):
-                    await self._socket.pong(thing[1])
+                match self._unsent.popleft():
+                    case Frame() as frame:
+                        self._num_unsent_frames -= 1
+                        await self._send_frame(frame)
+                    case Event(content):
+                        await self._socket.send_str(json.dumps(content))
+                    case Handshake():
+                        await self._socket.send_bytes(bytes([HANDSHAKE]))
+                    case Pong(payload):
+                        await self._socket.pong(payload)
             self._has_unsent.clear()
 
     async def _send_frame(self, frame: Frame) -> None:
-        sound = self._audio.encode(frame.audio)
-        if sound:
-            await self._socket.send_bytes(bytes([AUDIO]) + sound)
-        if frame.text_token not in self._speaker.engine.padding_ids:
-            await self._socket.send_bytes(text_message(self._speaker.tokenizer.id_to_piece(frame.text_token)))
+        payload = self._audio.encode(frame.audio)
+        if payload:
+            await self._socket.send_bytes(bytes([AUDIO]) + payload)
+        if frame.text_token not in self._model.engine.padding_ids:
+            await self._socket.send_bytes(text_message(self._model.tokenizer.id_to_piece(frame.text_token)))
 
-    # The clock
+    # Time limits
 
     async def _watch(self) -> None:
         limits = self._limits
@@ -311,18 +320,7 @@ class Session:
             await asyncio.sleep(limits.check_s)
             now_s = time.monotonic()
             if now_s - self._began_s > limits.max_conversation_s:
-                longest = f"{limits.max_conversation_s / 60:g} minutes"
-                self.end(
-                    End("too_long", WSCloseCode.POLICY_VIOLATION, f"too long a conversation: the limit is {longest}")
-                )
+                limit = f"{limits.max_conversation_s / 60:g} minutes"
+                self.end(End("too_long", WSCloseCode.POLICY_VIOLATION, f"session limit of {limit} reached"))
             elif now_s - self._last_audio_s > limits.idle_s:
                 self.end(End("idle", WSCloseCode.POLICY_VIOLATION, f"no audio for {limits.idle_s:g} seconds"))
-            elif self._waiting_since_s is not None and now_s - self._waiting_since_s > limits.vanished_s:
-                self.end(VANISHED)
-            elif (
-                self._waiting_since_s is not None
-                and now_s - self._waiting_since_s > limits.ping_s
-                and not self._is_pinged
-            ):
-                self._is_pinged = True
-                self._deliver(PING)

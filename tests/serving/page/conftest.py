@@ -1,4 +1,4 @@
-"""The page in a real Chromium, whose microphone is a file."""
+"""The page in Chromium, with a file as microphone."""
 
 import asyncio
 import contextlib
@@ -13,20 +13,21 @@ import pytest
 import soundfile
 from playwright.sync_api import expect, sync_playwright
 
-from hf_csm.serving.loaded import load_speaker
+from hf_csm.serving.loaded import load_model
 from hf_csm.serving.server.app import Server
 from hf_csm.units import SAMPLE_RATE
 from tests.doubles.server import ServerProcess
+from tests.doubles.waiting import GUARD_S
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-expect.set_options(timeout=20_000)  # two cores, shared by browser, server and tests
+expect.set_options(timeout=1000 * GUARD_S)
 PAGE = Path(__file__).parents[3] / "hf_csm" / "serving" / "page"
 
 
 @pytest.fixture(scope="session")
 def microphone(tmp_path_factory):
-    """A WAV file with something like two syllables and a pause, over and over."""
+    """A WAV file with two speech-like syllables and a pause, repeated."""
     seconds = np.arange(6 * SAMPLE_RATE) / SAMPLE_RATE
     phase = (140 + 30 * np.sin(2 * np.pi * 1.3 * seconds)) * seconds % 1
     is_voiced = (seconds % 1.5 < 0.4) | ((seconds % 1.5 > 0.6) & (seconds % 1.5 < 0.9))
@@ -35,7 +36,7 @@ def microphone(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")  # no longer: playwright's event loop is in the way of the tests that have their own
+@pytest.fixture(scope="module")  # not longer: playwright's event loop conflicts with tests that run their own
 def browser(microphone):
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
@@ -53,7 +54,7 @@ def browser(microphone):
 
 @pytest.fixture
 def open_page(browser):
-    """The function that opens the page and waits for it; at the end no errors may be logged but those named."""
+    """A function that opens the page and waits until it is loaded; errors logged by the page fail the test."""
     opened, logged = [], []
 
     def open_page(url, script=None, *, status="Ready.", errors=None, **options):
@@ -94,7 +95,7 @@ def worklet():
 
 
 class InThread:
-    """Our server in a thread of this process, quicker to start than a process."""
+    """Our server in a thread, which starts faster than a process."""
 
     def __init__(self, adapters, **options):
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -102,36 +103,36 @@ class InThread:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.speaker = load_speaker([str(adapter) for adapter in adapters])
-        self.server = self.run(self.begin(options))
+        self.model = load_model([str(adapter) for adapter in adapters])
+        self.server = self.run(self.start(options))
 
     def run(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=60)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=GUARD_S)
 
-    async def begin(self, options):
-        server = Server(self.speaker, **options)
+    async def start(self, options):
+        server = Server(self.model, **options)
         await server.start([self.listener])
         return server
 
     def stop(self):
-        """Go down in good order."""
+        """Stop the server."""
         if self.thread.is_alive():
             self.run(self.server.stop())
-            self.speaker.close()
+            self.model.close()
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join()
             self.loop.close()
             self.listener.close()
 
     def cut(self):
-        """Cut the connections of all conversations."""
+        """Abort the connections of all sessions."""
         for session in list(self.server._sessions):
             self.loop.call_soon_threadsafe(session._transport.abort)
 
 
 @pytest.fixture
 def serve(expressive):
-    """The function that starts a server in a thread, of `expressive` and other adapters."""
+    """A function that starts a server in a thread, with `expressive` and other adapters."""
     with contextlib.ExitStack() as stack:
 
         def serve(*adapters, **options):
@@ -144,7 +145,7 @@ def serve(expressive):
 
 @pytest.fixture(scope="session")
 def url(expressive, tmp_path_factory):
-    """Where `hf-csm serve` is, one for all tests."""
+    """URL of an `hf-csm serve` shared by all tests."""
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     with ServerProcess("hf_csm.cli", ["serve", expressive, "--device", "cpu"], log=log) as server:
         yield f"http://localhost:{server.port}/"

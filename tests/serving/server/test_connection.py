@@ -1,4 +1,4 @@
-"""Connections that break off, stand still, or never were conversations."""
+"""Connections that are aborted, stall, or violate the protocol."""
 
 import asyncio
 import contextlib
@@ -11,6 +11,7 @@ from aiohttp import WSMsgType, web
 
 from hf_csm.serving.server.limits import Limits
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
+from tests.doubles.waiting import GUARD_S
 
 
 SECOND = np.zeros(SAMPLE_RATE, dtype="<i2").tobytes()
@@ -19,13 +20,13 @@ QUICK = {"check_s": 0.02, "closing_s": 0.5}
 
 
 def run(test):
-    """Run it; whatever hangs is an error."""
-    asyncio.run(asyncio.wait_for(test, 25))
+    """Run a coroutine with a guard against hanging."""
+    asyncio.run(asyncio.wait_for(test, GUARD_S))
 
 
 async def closing(ws):
-    """Read to the close frame; return its code and reason."""
-    while (message := await ws.receive(timeout=10)).type in (WSMsgType.BINARY, WSMsgType.TEXT):
+    """Read to the close frame; return code and reason."""
+    while (message := await ws.receive(timeout=GUARD_S)).type in (WSMsgType.BINARY, WSMsgType.TEXT):
         pass
     assert message.type is WSMsgType.CLOSE, message
     return message.data, message.extra
@@ -37,7 +38,7 @@ def raw_request(served, query="", buffer=None):
     if buffer:
         for way in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             line.setsockopt(socket.SOL_SOCKET, way, buffer)
-    line.settimeout(5)
+    line.settimeout(GUARD_S)
     line.connect(("127.0.0.1", served.port))
     line.sendall(
         f"GET /api/chat{query} HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\n"
@@ -53,18 +54,18 @@ def masked(payload, opcode=2):
     return bytes([0x80 | opcode]) + size + bytes(4) + payload
 
 
-def test_who_sends_faster_than_real_time_is_heard_whole_but_not_read_ahead(fake_speaker, serving):
+def test_fast_sender_is_paced_without_loss(fake_model, serving):
     async def test():
-        speaker = fake_speaker()
-        async with serving(speaker, Limits(**QUICK, max_backlog_s=1.0, max_unsent_s=60)) as served:
+        model = fake_model()
+        async with serving(model, Limits(**QUICK, max_backlog_s=1.0, max_unsent_s=60)) as served:
             line = raw_request(served, "?audio=pcm", buffer=4096)
             await served.until(lambda: served.server.scheduler.num_free == 0)
-            speaker.engine.gate.clear()
+            model.engine.gate.clear()
             num_bytes = await asyncio.to_thread(send_until_it_blocks, line)
-            assert SAMPLE_RATE < num_bytes < 20 * SAMPLE_RATE  # of the 60 s that were offered
+            assert SAMPLE_RATE < num_bytes < 20 * SAMPLE_RATE  # of the 60 s offered
             (session,) = served.server._sessions
-            assert session._lane._num_waiting <= 13
-            speaker.engine.gate.set()
+            assert session._lease.num_waiting <= 13
+            model.engine.gate.set()
             await served.until(
                 lambda: served.count("frames_total") >= num_bytes // len(masked(b"\x01" + SECOND)) * 12.5
             )
@@ -78,16 +79,16 @@ def test_who_sends_faster_than_real_time_is_heard_whole_but_not_read_ahead(fake_
                 num_bytes += line.send(stream[num_bytes:])
         except TimeoutError:
             return num_bytes
-        raise AssertionError("all of it was read")
+        raise AssertionError("the server read everything")
 
     run(test())
 
 
-def test_a_slow_reader_is_dropped_and_the_others_do_not_notice(fake_speaker, serving):
+def test_slow_reader_is_dropped_without_affecting_others(fake_model, serving):
     async def test():
-        speaker = fake_speaker(2)
+        model = fake_model(2)
         limits = Limits(**QUICK, max_unsent_s=2.0)
-        async with serving(speaker, limits) as served:
+        async with serving(model, limits) as served:
             line = raw_request(served, "?audio=pcm", buffer=4096)
             await served.until(lambda: served.server.scheduler.num_free == 1)
             (slow,) = served.server._sessions
@@ -98,12 +99,12 @@ def test_a_slow_reader_is_dropped_and_the_others_do_not_notice(fake_speaker, ser
                 while not served.count("drops_total", reason="slow_reader"):
                     await good.send_bytes(b"\x01" + FRAME)
                     if num_frames:
-                        assert (await good.receive_bytes(timeout=5))[0] == 1
+                        assert (await good.receive_bytes(timeout=GUARD_S))[0] == 1
                     num_frames += 1
                 assert num_frames > 5
-                assert slow._lane.num_frames < 150  # 2 s, and what fits the line
+                assert slow._lease.num_frames < 150  # 2 s, and what fits in the socket buffers
                 assert served.server.scheduler.num_free == 1
-                await served.until(lambda: len(served.server._runner.server.connections) == 1)  # cut off
+                await served.until(lambda: len(served.server._runner.server.connections) == 1)  # disconnected
                 await sending
             line.close()
 
@@ -117,10 +118,10 @@ def test_a_slow_reader_is_dropped_and_the_others_do_not_notice(fake_speaker, ser
     run(test())
 
 
-def test_who_asks_much_and_reads_nothing_is_dropped(fake_speaker, serving):
+def test_client_that_floods_pings_and_never_reads_is_dropped(fake_model, serving):
     async def test():
         limits = Limits(**QUICK, max_unsent_s=1.0, messages_burst=100_000)
-        async with serving(fake_speaker(), limits) as served:
+        async with serving(fake_model(), limits) as served:
             line = raw_request(served, buffer=4096)
             await asyncio.to_thread(send_pings, line)
             await served.until(lambda: served.count("drops_total", reason="slow_reader"))
@@ -133,44 +134,43 @@ def test_who_asks_much_and_reads_nothing_is_dropped(fake_speaker, serving):
     run(test())
 
 
-def test_who_vanishes_without_a_word_is_let_go(fake_speaker, serving):
+def test_client_that_does_not_answer_pings_is_dropped(fake_model, serving):
     async def test():
-        limits = Limits(**QUICK, ping_s=0.1, vanished_s=2.0)
-        async with serving(fake_speaker(2), limits) as served:
-            line = raw_request(served)  # never answers a ping
-            async with served.connect(autoping=True) as quiet:  # does, and says nothing else
+        limits = Limits(**QUICK, heartbeat_s=2.0)
+        async with serving(fake_model(2), limits) as served:
+            line = raw_request(served)  # never answers pings
+            async with served.connect(autoping=True) as quiet:  # answers pings, and sends nothing else
                 await quiet.receive_bytes()
                 reading = asyncio.create_task(quiet.receive())
                 await served.until(lambda: served.count("drops_total", reason="vanished"))
-                await asyncio.sleep(0.5)
                 assert not reading.done() and served.server.scheduler.num_free == 1
                 reading.cancel()
-            assert b"\x89\x00" in line.recv(4096)  # it was asked
+            assert b"\x89\x00" in line.recv(4096)  # it received a ping
             line.close()
 
     run(test())
 
 
-def test_a_ping_is_answered(fake_speaker, serving):
+def test_pings_are_answered(fake_model, serving):
     async def test():
-        async with serving(fake_speaker()) as served, served.connect(autoping=False) as ws:
+        async with serving(fake_model()) as served, served.connect(autoping=False) as ws:
             await ws.receive_bytes()
             await ws.ping(b"there?")
-            message = await ws.receive(timeout=5)
+            message = await ws.receive(timeout=GUARD_S)
             assert (message.type, message.data) == (WSMsgType.PONG, b"there?")
 
     run(test())
 
 
 @pytest.mark.parametrize("how", ["close", "end", "reset", "in_a_frame", "in_the_backlog"])
-def test_an_aborted_connection_frees_its_slot(fake_speaker, serving, how):
+def test_aborted_connection_frees_its_slot(fake_model, serving, how):
     async def test():
-        speaker = fake_speaker()
-        async with serving(speaker) as served:
+        model = fake_model()
+        async with serving(model) as served:
             line = raw_request(served, "?audio=pcm")
             await served.until(lambda: served.server.scheduler.num_free == 0)
             if how == "in_the_backlog":
-                speaker.engine.gate.clear()
+                model.engine.gate.clear()
             line.sendall(masked(b"\x01" + 10 * FRAME))
             if how == "close":
                 line.sendall(masked(struct.pack(">H", 1000), opcode=8))
@@ -179,29 +179,29 @@ def test_an_aborted_connection_frees_its_slot(fake_speaker, serving, how):
             elif how == "in_a_frame":
                 line.sendall(masked(b"\x01" + FRAME)[:100])
             line.close()
-            speaker.engine.gate.set()
+            model.engine.gate.set()
             await served.until(lambda: served.server.scheduler.num_free == 1)
             async with served.connect() as ws:
-                assert await ws.receive_bytes(timeout=5) == b"\x00"
+                assert await ws.receive_bytes(timeout=GUARD_S) == b"\x00"
 
     run(test())
 
 
 @pytest.mark.parametrize("attribute", ["failure", "reset_failure"])
-def test_a_failure_is_said_and_not_what_it_was(fake_speaker, serving, attribute):
+def test_failure_is_reported_without_details(fake_model, serving, attribute):
     async def test():
-        speaker = fake_speaker()
-        setattr(speaker.engine, attribute, RuntimeError("secret details"))
-        async with serving(speaker) as served, served.connect("?audio=pcm") as ws:
+        model = fake_model()
+        setattr(model.engine, attribute, RuntimeError("secret details"))
+        async with serving(model) as served, served.connect("?audio=pcm") as ws:
             await ws.send_bytes(b"\x01" + FRAME)
-            assert await closing(ws) == (1011, "the server failed")
+            assert await closing(ws) == (1011, "internal error")
             assert served.count("drops_total", reason="failed") == 1
-            assert served.server.scheduler.is_well == (attribute == "reset_failure")
+            assert served.server.scheduler.is_healthy == (attribute == "reset_failure")
 
     run(test())
 
 
-def test_a_failure_of_the_opus_writer_ends_the_conversation(fake_speaker, serving):
+def test_failure_of_the_opus_writer_ends_the_session(fake_model, serving):
     class Panic(BaseException):
         pass
 
@@ -209,20 +209,20 @@ def test_a_failure_of_the_opus_writer_ends_the_conversation(fake_speaker, servin
         raise Panic
 
     async def test():
-        async with serving(fake_speaker()) as served, served.connect("?audio=pcm") as ws:
+        async with serving(fake_model()) as served, served.connect("?audio=pcm") as ws:
             await ws.receive_bytes()
             (session,) = served.server._sessions
             session._audio.encode = panic
             await ws.send_bytes(b"\x01" + 2 * FRAME)
-            assert await closing(ws) == (1011, "the server failed")
+            assert await closing(ws) == (1011, "internal error")
             await served.until(lambda: served.server.scheduler.num_free == 1)
 
     run(test())
 
 
-def test_compression_is_not_taken_up(fake_speaker, serving):
+def test_compression_is_not_negotiated(fake_model, serving):
     async def test():
-        async with serving(fake_speaker()) as served, served.connect(compress=15) as ws:
+        async with serving(fake_model()) as served, served.connect(compress=15) as ws:
             assert ws.compress == 0
             assert await ws.receive_bytes() == b"\x00"
 
@@ -230,9 +230,9 @@ def test_compression_is_not_taken_up(fake_speaker, serving):
 
 
 @pytest.mark.parametrize("frame", [b"\xf2\x80" + bytes(4), masked(b"\xff\xfe", 1), masked(b"", 3), masked(b"\0", 8)])
-def test_what_is_no_websocket_message_ends_the_conversation(fake_speaker, serving, frame):
+def test_invalid_websocket_frames_end_the_session(fake_model, serving, frame):
     async def test():
-        async with serving(fake_speaker()) as served:
+        async with serving(fake_model()) as served:
             line = raw_request(served)
             await served.until(lambda: served.server.scheduler.num_free == 0)
             line.sendall(frame)
@@ -242,12 +242,12 @@ def test_what_is_no_websocket_message_ends_the_conversation(fake_speaker, servin
     run(test())
 
 
-def test_a_frame_that_never_ends_is_not_kept(fake_speaker, serving, monkeypatch):
+def test_endless_frame_is_not_buffered(fake_model, serving, monkeypatch):
     kept, keep = [], web.RequestHandler.data_received
     monkeypatch.setattr(web.RequestHandler, "data_received", lambda self, data: (kept.append(data), keep(self, data)))
 
     async def test():
-        async with serving(fake_speaker(), Limits(check_s=0.02, closing_s=0.2)) as served:
+        async with serving(fake_model(), Limits(check_s=0.02, closing_s=0.2)) as served:
             line = raw_request(served)
             await served.until(lambda: served.server.scheduler.num_free == 0)
             await asyncio.to_thread(send_endless, line)
@@ -265,9 +265,9 @@ def test_a_frame_that_never_ends_is_not_kept(fake_speaker, serving, monkeypatch)
     run(test())
 
 
-def test_who_never_reads_its_refusal_is_cut_off(fake_speaker, serving):
+def test_client_that_never_reads_its_refusal_is_disconnected(fake_model, serving):
     async def test():
-        async with serving(fake_speaker()) as served, served.connect() as ws:
+        async with serving(fake_model()) as served, served.connect() as ws:
             await ws.receive_bytes()
             lines = [raw_request(served) for _ in range(5)]
             await served.until(lambda: served.count("sessions_refused_total", reason="busy") == 5)

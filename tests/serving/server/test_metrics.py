@@ -1,7 +1,7 @@
 from hf_csm.serving.server.metrics import Metrics
 
 
-def test_everything_counted_is_in_prometheus_format():
+def test_metrics_are_rendered_in_prometheus_format():
     metrics = Metrics()
     metrics.slots.set(8)
     metrics.sessions_active.inc()
@@ -26,7 +26,7 @@ def test_everything_counted_is_in_prometheus_format():
         assert line in lines, line
 
 
-def test_two_servers_in_one_process_count_apart():
+def test_two_servers_have_separate_metrics():
     one, other = Metrics(), Metrics()
     one.frames.inc()
     assert b"hf_csm_frames_total 0.0" in other.render()

@@ -6,13 +6,13 @@ import pytest
 
 from hf_csm.errors import UserError
 from hf_csm.models.family import Frame
+from hf_csm.serving.server.protocol import Event, Handshake
 from hf_csm.serving.server.steering import (
-    HANDSHAKE_NOW,
     PAUSE_FRAMES,
-    Opening,
+    SessionOptions,
     Steering,
-    Talk,
-    Wish,
+    SteeringRequest,
+    SteeringState,
     read_control,
     read_query,
 )
@@ -26,39 +26,39 @@ PADDING, WORD = frame(3), frame(17)
 
 
 @pytest.fixture
-def speaker(fake_speaker):
-    return fake_speaker(num_slots=2)
+def model(fake_model):
+    return fake_model(num_slots=2)
 
 
-def query(speaker, default_emotion=None, takes_seeds=True, **values):
-    return read_query(values, speaker, default_emotion=default_emotion, takes_seeds=takes_seeds)
+def query(model, default_emotion=None, takes_seeds=True, **values):
+    return read_query(values, model, default_emotion=default_emotion, takes_seeds=takes_seeds)
 
 
-def test_an_empty_query_is_moshis_own_protocol(speaker):
-    assert query(speaker) == Opening(Steering("moody", None, 1.0), None, "opus", False)
+def test_empty_query_is_moshi_protocol(model):
+    assert query(model) == SessionOptions(Steering("moody", None, 1.0), None, "opus", False)
 
 
-def test_what_moshis_web_ui_sends_is_left_alone(speaker):
-    assert query(speaker, text_seed="7", audio_seed="7", email="x", text_temperature="?") == query(speaker)
+def test_parameters_of_moshi_web_ui_are_ignored(model):
+    assert query(model, text_seed="7", audio_seed="7", email="x", text_temperature="?") == query(model)
 
 
-def test_a_query_chooses(speaker):
-    opening = query(speaker, emotion="calm", strength="0.5", seed="7", audio="pcm", events="1")
-    assert opening == Opening(Steering("calm", "calm", 0.5), 7, "pcm", True)
-    assert query(speaker, voice="base").steering == Steering("base", None, 1.0)
+def test_query_options(model):
+    options = query(model, emotion="calm", strength="0.5", seed="7", audio="pcm", events="1")
+    assert options == SessionOptions(Steering("calm", "calm", 0.5), 7, "pcm", True)
+    assert query(model, voice="base").steering == Steering("base", None, 1.0)
 
 
-def test_the_default_emotion_is_for_those_who_name_neither_emotion_nor_voice(speaker):
-    assert query(speaker, "sad").steering == Steering("moody", "sad", 1.0)
-    assert query(speaker, "sad", emotion="").steering == Steering("moody", None, 1.0)
-    assert query(speaker, "sad", voice="calm").steering == Steering("calm", None, 1.0)
+def test_default_emotion_applies_without_emotion_and_adapter(model):
+    assert query(model, "sad").steering == Steering("moody", "sad", 1.0)
+    assert query(model, "sad", emotion="").steering == Steering("moody", None, 1.0)
+    assert query(model, "sad", voice="calm").steering == Steering("calm", None, 1.0)
 
 
 @pytest.mark.parametrize(
     "values",
     [
         {"emotion": "angry"},
-        {"voice": "nobody"},
+        {"voice": "unknown"},
         {"voice": "calm", "emotion": "sad"},
         {"strength": "2.01"},
         {"strength": "-1"},
@@ -73,21 +73,21 @@ def test_the_default_emotion_is_for_those_who_name_neither_emotion_nor_voice(spe
         {"events": "perhaps"},
     ],
 )
-def test_a_value_that_cannot_be_is_refused(speaker, values):
+def test_invalid_query_values_are_refused(model, values):
     with pytest.raises(UserError):
-        query(speaker, **values)
+        query(model, **values)
 
 
-def test_a_seed_is_refused_where_conversations_share_the_random_state(speaker):
-    with pytest.raises(UserError, match="several conversations"):
-        query(speaker, takes_seeds=False, seed="1")
+def test_seed_is_refused_with_several_slots(model):
+    with pytest.raises(UserError, match="several slots"):
+        query(model, takes_seeds=False, seed="1")
 
 
-def test_a_control_message_may_name_any_subset():
-    assert read_control('{"type": "steer", "emotion": null}') == Wish(names_emotion=True)
-    assert read_control('{"type": "steer", "strength": 0.7}') == Wish(strength=0.7)
+def test_control_message_may_have_any_subset_of_keys():
+    assert read_control('{"type": "steer", "emotion": null}') == SteeringRequest(sets_emotion=True)
+    assert read_control('{"type": "steer", "strength": 0.7}') == SteeringRequest(strength=0.7)
     everything = {"type": "steer", "emotion": "sad", "voice": "base", "strength": 2, "now": True}
-    assert read_control(json.dumps(everything)) == Wish("base", "sad", True, 2.0, True)
+    assert read_control(json.dumps(everything)) == SteeringRequest("base", "sad", True, 2.0, True)
 
 
 @pytest.mark.parametrize(
@@ -112,124 +112,130 @@ def test_a_control_message_may_name_any_subset():
         '{"a":' * 50_000,
     ],
 )
-def test_what_is_no_control_message_is_said(text):
+def test_invalid_control_messages_are_refused(text):
     with pytest.raises(UserError):
         read_control(text)
 
 
 @pytest.fixture
-def talk(speaker):
-    talk = Talk(speaker, 1, Opening(Steering("moody", "happy", 1.0), None, "opus", False))
-    assert talk.begin()[0] is HANDSHAKE_NOW
-    assert speaker.engine.calls == [("reset", 1, None), ("steer", 1, "moody", "happy", 1.0)]
-    speaker.engine.calls.clear()
-    return talk
+def state(model):
+    state = SteeringState(model, 1, SessionOptions(Steering("moody", "happy", 1.0), None, "opus", False))
+    assert state.start()[0] == Handshake()
+    assert model.engine.calls == [("reset", 1, None), ("steer", 1, "moody", "happy", 1.0)]
+    model.engine.calls.clear()
+    return state
 
 
 def steering(voice, emotion, strength, pending=None):
-    return {"type": "steering", "voice": voice, "emotion": emotion, "strength": strength, "pending": pending}
+    return Event({"type": "steering", "voice": voice, "emotion": emotion, "strength": strength, "pending": pending})
 
 
-def tokens_of(things):
-    return [thing.text_token for thing in things if isinstance(thing, Frame)]
+def tokens_of(messages):
+    return [message.text_token for message in messages if isinstance(message, Frame)]
 
 
-def test_what_moshi_is_told_is_nothing_it_says(talk):
-    told = replace(WORD, is_forced=True)
-    assert [tokens_of(talk.hear(said)) for said in (told, WORD, told)] == [[0], [17], [0]]
+def test_forced_text_is_hidden(state):
+    forced = replace(WORD, is_forced=True)
+    assert [tokens_of(state.on_frame(frame_)) for frame_ in (forced, WORD, forced)] == [[0], [17], [0]]
 
 
-def test_being_told_is_no_speaking(talk):
-    """A second wish does not wait for a pause while the first one is still told."""
-    talk.hear(replace(WORD, is_forced=True))
-    assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "sad", 1.0)]
+def test_forced_text_is_not_speech(state):
+    """A second request does not wait for a pause while the first prefix is being forced."""
+    state.on_frame(replace(WORD, is_forced=True))
+    assert state.on_request(SteeringRequest(emotion="sad", sets_emotion=True)) == [steering("moody", "sad", 1.0)]
 
 
-def test_before_moshi_has_spoken_a_wish_takes_effect_at_once(talk, speaker):
-    talk.hear(PADDING)
-    assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "sad", 1.0)]
-    assert speaker.engine.calls == [("steer", 1, "moody", "sad", 1.0)]
+def test_request_applies_at_once_before_the_first_word(state, model):
+    state.on_frame(PADDING)
+    assert state.on_request(SteeringRequest(emotion="sad", sets_emotion=True)) == [steering("moody", "sad", 1.0)]
+    assert model.engine.calls == [("steer", 1, "moody", "sad", 1.0)]
 
 
-def test_later_it_waits_for_a_pause(talk, speaker):
-    talk.hear(WORD)
+def test_request_waits_for_a_pause_after_the_first_word(state, model):
+    state.on_frame(WORD)
     wanted = {"voice": "moody", "emotion": "sad", "strength": 1.0}
-    assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "happy", 1.0, wanted)]
-    for said in [PADDING] * (PAUSE_FRAMES - 1) + [WORD] + [PADDING] * (PAUSE_FRAMES - 1):
-        assert talk.hear(said) == [said]
-    assert speaker.engine.calls == []
-    assert talk.hear(PADDING) == [PADDING, steering("moody", "sad", 1.0)]
-    assert speaker.engine.calls == [("steer", 1, "moody", "sad", 1.0)]
-    assert talk.hear(PADDING) == [PADDING]
+    assert state.on_request(SteeringRequest(emotion="sad", sets_emotion=True)) == [
+        steering("moody", "happy", 1.0, wanted)
+    ]
+    for frame_ in [PADDING] * (PAUSE_FRAMES - 1) + [WORD] + [PADDING] * (PAUSE_FRAMES - 1):
+        assert state.on_frame(frame_) == [frame_]
+    assert model.engine.calls == []
+    assert state.on_frame(PADDING) == [PADDING, steering("moody", "sad", 1.0)]
+    assert model.engine.calls == [("steer", 1, "moody", "sad", 1.0)]
+    assert state.on_frame(PADDING) == [PADDING]
 
 
-def test_in_a_pause_it_takes_effect_at_once(talk, speaker):
-    for said in [WORD] + [PADDING] * PAUSE_FRAMES:
-        talk.hear(said)
-    assert talk.wish(Wish(voice="base")) == [steering("base", "happy", 1.0)]
+def test_request_applies_at_once_in_a_pause(state, model):
+    for frame_ in [WORD] + [PADDING] * PAUSE_FRAMES:
+        state.on_frame(frame_)
+    assert state.on_request(SteeringRequest(adapter="base")) == [steering("base", "happy", 1.0)]
 
 
-def test_now_does_not_wait_and_repeats(talk, speaker):
-    talk.hear(WORD)
-    assert talk.wish(Wish(emotion="sad", names_emotion=True, now=True)) == [steering("moody", "sad", 1.0)]
-    talk.wish(Wish(now=True))
-    assert speaker.engine.calls == [("steer", 1, "moody", "sad", 1.0)] * 2
+def test_now_skips_the_wait_and_repeats_the_prefix(state, model):
+    state.on_frame(WORD)
+    assert state.on_request(SteeringRequest(emotion="sad", sets_emotion=True, now=True)) == [
+        steering("moody", "sad", 1.0)
+    ]
+    state.on_request(SteeringRequest(now=True))
+    assert model.engine.calls == [("steer", 1, "moody", "sad", 1.0)] * 2
 
 
-def test_strength_does_not_wait_and_says_no_prefix_again(talk, speaker):
-    talk.hear(WORD)
-    assert talk.wish(Wish(strength=0.5)) == [steering("moody", "happy", 0.5)]
-    assert speaker.engine.calls == [("weigh", 1, "moody", 0.5)]
+def test_strength_applies_at_once_without_a_prefix(state, model):
+    state.on_frame(WORD)
+    assert state.on_request(SteeringRequest(strength=0.5)) == [steering("moody", "happy", 0.5)]
+    assert model.engine.calls == [("set_strength", 1, "moody", 0.5)]
 
 
-def test_strength_stays_with_what_is_pending(talk, speaker):
-    talk.hear(WORD)
-    talk.wish(Wish(emotion="sad", names_emotion=True))
+def test_strength_is_kept_by_pending_steering(state, model):
+    state.on_frame(WORD)
+    state.on_request(SteeringRequest(emotion="sad", sets_emotion=True))
     wanted = {"voice": "moody", "emotion": "sad", "strength": 0.5}
-    assert talk.wish(Wish(strength=0.5)) == [steering("moody", "happy", 0.5, wanted)]
+    assert state.on_request(SteeringRequest(strength=0.5)) == [steering("moody", "happy", 0.5, wanted)]
     for _ in range(PAUSE_FRAMES):
-        talk.hear(PADDING)
-    assert speaker.engine.calls[-1] == ("steer", 1, "moody", "sad", 0.5)
+        state.on_frame(PADDING)
+    assert model.engine.calls[-1] == ("steer", 1, "moody", "sad", 0.5)
 
 
-def test_a_later_wish_replaces_what_is_pending_or_takes_it_back(talk, speaker):
-    talk.hear(WORD)
-    talk.wish(Wish(emotion="sad", names_emotion=True))
-    assert talk.wish(Wish(emotion="happy", names_emotion=True)) == [steering("moody", "happy", 1.0)]
+def test_later_request_replaces_or_cancels_pending_steering(state, model):
+    state.on_frame(WORD)
+    state.on_request(SteeringRequest(emotion="sad", sets_emotion=True))
+    assert state.on_request(SteeringRequest(emotion="happy", sets_emotion=True)) == [steering("moody", "happy", 1.0)]
     for _ in range(2 * PAUSE_FRAMES):
-        talk.hear(PADDING)
-    assert speaker.engine.calls == []
+        state.on_frame(PADDING)
+    assert model.engine.calls == []
 
 
-def test_an_emotion_brings_a_voice_that_knows_it(talk):
-    assert talk.wish(Wish(emotion="calm", names_emotion=True)) == [steering("calm", "calm", 1.0)]
-    assert talk.wish(Wish(emotion="sad", names_emotion=True)) == [steering("moody", "sad", 1.0)]
+def test_emotion_selects_an_adapter_that_supports_it(state):
+    assert state.on_request(SteeringRequest(emotion="calm", sets_emotion=True)) == [steering("calm", "calm", 1.0)]
+    assert state.on_request(SteeringRequest(emotion="sad", sets_emotion=True)) == [steering("moody", "sad", 1.0)]
 
 
-def test_a_voice_keeps_the_emotion_only_if_it_knows_it(talk):
-    assert talk.wish(Wish(voice="base")) == [steering("base", "happy", 1.0)]  # to compare with
-    assert talk.wish(Wish(voice="moody")) == [steering("moody", "happy", 1.0)]
-    assert talk.wish(Wish(voice="calm")) == [steering("calm", None, 1.0)]
+def test_adapter_keeps_the_emotion_only_if_it_supports_it(state):
+    assert state.on_request(SteeringRequest(adapter="base")) == [steering("base", "happy", 1.0)]  # for comparison
+    assert state.on_request(SteeringRequest(adapter="moody")) == [steering("moody", "happy", 1.0)]
+    assert state.on_request(SteeringRequest(adapter="calm")) == [steering("calm", None, 1.0)]
 
 
-@pytest.mark.parametrize("wish", [Wish(voice="nobody"), Wish(emotion="angry", names_emotion=True)])
-def test_what_cannot_be_followed_is_said_and_changes_nothing(talk, speaker, wish):
-    (answer,) = talk.wish(wish)
-    assert answer["type"] == "error"
-    assert speaker.engine.calls == []
-    assert talk.wish(Wish()) == [steering("moody", "happy", 1.0)]
+@pytest.mark.parametrize(
+    "request_", [SteeringRequest(adapter="unknown"), SteeringRequest(emotion="angry", sets_emotion=True)]
+)
+def test_invalid_request_is_answered_with_an_error_and_changes_nothing(state, model, request_):
+    (answer,) = state.on_request(request_)
+    assert answer.content["type"] == "error"
+    assert model.engine.calls == []
+    assert state.on_request(SteeringRequest()) == [steering("moody", "happy", 1.0)]
 
 
 PAUSE = (PADDING,) * PAUSE_FRAMES
 STATES = {
     "before the first frame": (),
-    "quiet, nothing said yet": PAUSE,
+    "quiet, no word yet": PAUSE,
     "forced text": (replace(WORD, is_forced=True),),
     "speaking": (WORD,),
     "short gap": (WORD, PADDING),
     "pause after speech": (WORD, *PAUSE),
-    "speaking, change pending": (WORD, Wish(emotion="sad", names_emotion=True)),
-    "pause after a pending change": (WORD, Wish(emotion="sad", names_emotion=True), *PAUSE),
+    "speaking, change pending": (WORD, SteeringRequest(emotion="sad", sets_emotion=True)),
+    "pause after a pending change": (WORD, SteeringRequest(emotion="sad", sets_emotion=True), *PAUSE),
 }
 MESSAGES = {
     "empty": {},
@@ -250,10 +256,11 @@ MESSAGES = {
 @pytest.mark.parametrize("now", [False, True])
 @pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
 @pytest.mark.parametrize("events", STATES.values(), ids=STATES)
-def test_every_steering_message_is_answered_in_every_state(talk, speaker, events, message, now):
+def test_every_steering_message_is_answered_in_every_state(state, model, events, message, now):
     for event in events:
-        talk.wish(event) if isinstance(event, Wish) else talk.hear(event)
-    (answer,) = talk.wish(read_control(json.dumps({"type": "steer", "now": now, **message})))
+        state.on_request(event) if isinstance(event, SteeringRequest) else state.on_frame(event)
+    (event,) = state.on_request(read_control(json.dumps({"type": "steer", "now": now, **message})))
+    answer = event.content
     assert answer["type"] == "steering"
     wanted = answer["pending"] or answer
     for key, value in message.items():
@@ -262,11 +269,11 @@ def test_every_steering_message_is_answered_in_every_state(talk, speaker, events
         assert answer["strength"] == message["strength"]
     if now or not any(event is WORD for event in events):
         assert answer["pending"] is None
-    for _ in PAUSE:  # a pause later the change is in effect, and the engine was told so
-        talk.hear(PADDING)
+    for _ in PAUSE:  # after a pause the change is in effect in the engine
+        state.on_frame(PADDING)
     settled = steering(wanted["voice"], wanted["emotion"], wanted["strength"])
-    assert talk.wish(Wish()) == [settled]
+    assert state.on_request(SteeringRequest()) == [settled]
     last = {"voice": "moody", "emotion": "happy", "strength": 1.0}
-    for kind, _, voice, *values in speaker.engine.calls:
+    for kind, _, voice, *values in model.engine.calls:
         last = {**last, "voice": voice, "strength": values[-1], **({"emotion": values[0]} if kind == "steer" else {})}
     assert steering(**last) == settled
