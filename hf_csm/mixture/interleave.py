@@ -16,7 +16,7 @@ from datasets.iterable_dataset import _BaseExamplesIterable
 
 from hf_csm.config import Balance
 from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
-from hf_csm.data.table import ParquetRows, read_card_metadata, split_files
+from hf_csm.data.table import ParquetRows, check_schema, read_card_metadata, split_files
 from hf_csm.errors import UserError
 from hf_csm.hub import check_whole, find_table
 from hf_csm.mixture.groups import (
@@ -123,6 +123,7 @@ def _find_files(names: Sequence[str], split: str) -> list[list[Path]]:
                 "Name the folder that `hf-csm prepare` has written, or such a dataset on the Hub.",
             )
         check_whole(folder, name)
+        check_schema(folder, UTTERANCE_FEATURES)
         if folder.resolve() in name_of:
             raise UserError(
                 f"{name} and {name_of[folder.resolve()]} are one table.", "Name it once; a weight gives it more."

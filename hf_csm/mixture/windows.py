@@ -14,7 +14,8 @@ import numpy as np
 
 from hf_csm.config import DatasetConfig, Source, Trait
 from hf_csm.data.labels import EMOTIONS
-from hf_csm.data.table import ParquetRows, nested_to_numpy, read_card_metadata, split_files
+from hf_csm.data.schema import WINDOW_FEATURES
+from hf_csm.data.table import ParquetRows, check_schema, nested_to_numpy, read_card_metadata, split_files
 from hf_csm.errors import UserError
 from hf_csm.hub import check_whole, find_table
 from hf_csm.mixture.groups import MAX_CHOICES, Group, make_groups, read_traits
@@ -245,6 +246,7 @@ def _check_codecs(names: Sequence[str], folders: Sequence[Path], codec_sha256: s
         if metadata.get("stage") != "codes":
             raise UserError(f"{name} is not a table of codes.", f"Run `hf-csm encode {name} --out ...` first.")
         check_whole(folder, name)
+        check_schema(folder, WINDOW_FEATURES, optional=("language",))  # tables of version 1 have no language
         if folder.resolve() in name_of:
             raise UserError(
                 f"{name} and {name_of[folder.resolve()]} are one table, named twice in sources or replay.",

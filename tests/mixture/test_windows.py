@@ -167,6 +167,12 @@ def test_a_table_without_a_language_column_says_none(tmp_path):
         train(old, languages=["en"])
 
 
+def test_a_table_of_another_version_is_refused_with_the_command_that_makes_it(tmp_path):
+    old = write_random_codes(tmp_path / "old", [RandomWindow("sad")], without=("turns",))
+    with pytest.raises(UserError, match=r"no column 'turns'.*\n.*hf-csm encode prepared/old"):
+        train(old)
+
+
 @pytest.mark.parametrize(
     ("codec_sha256", "named"),
     [(None, r"b holds codes of codec 1{12}; .*a of codec 0{12}"), ("0" * 64, "b holds .*; the base model's is 0{12}")],
