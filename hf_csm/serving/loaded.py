@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sentencepiece
 import torch
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import choose_device, load_mimi, load_tokenizer
-from hf_csm.models.moshi.engine import Engine
-from hf_csm.models.moshi.model import load_moshi
-from hf_csm.models.moshi.runtime_lora import add_adapters
+from hf_csm.models import get_family
+from hf_csm.models.moshi.checkpoint import choose_device
 from hf_csm.serving.resolve import AdapterChoice, ResolvedModels, resolve_models
 
 
 MAX_STRENGTH = 2.0
 """Twice the trained strength; beyond it the output degrades."""
-SAMPLING_NAMES = {"temp": "temperature", "temp_text": "text_temperature", "top_k": "top_k", "top_k_text": "text_top_k"}
-"""Sampling options: moshi's names, as in `lm_gen_config` of config.json, and the engine's."""
 
 
 @dataclass
@@ -29,13 +23,13 @@ class LoadedModel:
     """An engine with its adapters.
 
     Attributes:
-        engine: the adapters have the indices of `AdapterChoice.index`.
+        engine: the family's `Engine`; its adapters have the indices of `AdapterChoice.index`.
         tokenizer: of the text stream.
         resolved: metadata of the models.
     """
 
-    engine: Engine
-    tokenizer: sentencepiece.SentencePieceProcessor
+    engine: Any
+    tokenizer: Any
     resolved: ResolvedModels
 
     @property
@@ -106,34 +100,18 @@ def load_weights(
     Args:
         num_slots: number of simultaneous conversations.
         dtype: of the language model; default: bfloat16 on a GPU, float32 elsewhere.
-        sampling: options of `Engine`; override those in the model's config.json.
+        sampling: options of the family's `open_engine`; override those of the checkpoint.
 
     Raises:
         UserError: weights are damaged, do not match the base model, or do not fit in memory.
     """
-    device = torch.device(device)
+    family = get_family(models.base.name_or_path)
+    tokenizer = family.load_tokenizer(models.base)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options = {
-        SAMPLING_NAMES.get(name, name): value
-        for name, value in models.base.lm_gen_config.items()
-        if name in SAMPLING_NAMES or name == "use_sampling"
-    }
-    ignored = models.base.lm_gen_config.keys() - SAMPLING_NAMES.keys() - {"use_sampling"}
-    if ignored:
-        warnings.warn(
-            f"{models.base_name}: unsupported sampling options {', '.join(sorted(ignored))} are ignored.", stacklevel=2
-        )
-    options |= {name: value for name, value in sampling.items() if value is not None}
-    tokenizer = load_tokenizer(models.base)
     try:
-        lm = load_moshi(models.base, device=device, dtype=dtype).lm.eval()
-        mimi = load_mimi(models.base, device)
-        strengths = None
-        if models.adapters:
-            strengths = add_adapters(lm, models.adapters, num_slots=num_slots, base_name=models.base_name)
-        engine = Engine(lm, mimi, num_slots=num_slots, strengths=strengths, **options)
+        engine = family.open_engine(
+            models.base, models.adapters, num_slots=num_slots, device=device, dtype=dtype, **sampling
+        )
     except torch.OutOfMemoryError as error:
         raise engine_error(error, models.base_name, num_slots) from error
     return LoadedModel(engine, tokenizer, models)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
-import filecmp
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from moshi.models import loaders
 
 from hf_csm.errors import UserError
+from hf_csm.models import get_family
 from hf_csm.models.emotion_control import EmotionControl, read_emotion_control
-from hf_csm.models.family import RuntimeAdapter
-from hf_csm.models.moshi.checkpoint import LORA_KEYS, MoshiCheckpoint, find_checkpoint
+from hf_csm.models.family import Checkpoint, RuntimeAdapter
 from hf_csm.models.moshi.pull import find_folder
 
 
@@ -57,7 +52,7 @@ class ResolvedModels:
         choices: one per adapter and `base` last, or a single one for a model without adapters.
     """
 
-    base: MoshiCheckpoint
+    base: Checkpoint
     base_name: str
     adapters: tuple[RuntimeAdapter, ...]
     choices: tuple[AdapterChoice, ...]
@@ -116,47 +111,52 @@ def resolve_models(names: Sequence[str], revision: str | None = None) -> Resolve
         raise UserError("No model was given.", "Name an adapter: a Hub repository or a folder.")
     if revision is not None and len(names) > 1:
         raise UserError(f"--revision {revision} is ambiguous with {len(names)} models.", "Use it with a single model.")
-    found = [_resolve(name, revision) for name in names]
-    adapters = [model for model in found if model.is_adapter]
-    plain = [model for model in found if not model.is_adapter]
-    first = found[0]
-    merged = next((model for model in plain if model.control.emotions), None)
+    models = [_resolve(name, revision) for name in names]
+    adapters = [model for model in models if model.adapter is not None]
+    whole = [model for model in models if model.adapter is None]
+    first = models[0]
+    merged = next((model for model in whole if model.control.emotions), None)
     if adapters and merged is not None:
         raise UserError(
             f"{merged.source} is a merged model and cannot be combined with adapters.", "Name its adapter instead."
         )
-    for other in found[1:]:
-        _check_same_base(first, other)
-    if not adapters:
-        if len(plain) > 1:
+    for other in models[1:]:
+        if not get_family(first.source).is_same_base(first.checkpoint, other.checkpoint):
             raise UserError(
-                f"{plain[0].source} and {plain[1].source} are both whole models; only one can be loaded.",
+                f"{first.source} {first.origin}, and {other.source} {other.origin}: the base models differ.",
+                "Name adapters of the same base model.",
+            )
+    if not adapters:
+        if len(whole) > 1:
+            raise UserError(
+                f"{whole[0].source} and {whole[1].source} are both whole models; only one can be loaded.",
                 "Name one of them, or name adapters.",
             )
-        given_name = first.given_name or (MERGED if first.control.emotions else BASE)
-        return ResolvedModels(first.checkpoint, first.base_name, (), (AdapterChoice(given_name, None, first.control),))
+        name = first.given_name or (MERGED if first.control.emotions else BASE)
+        return ResolvedModels(first.base, first.base_name, (), (AdapterChoice(name, None, first.control),))
     choices = [AdapterChoice(model.name, index, model.control) for index, model in enumerate(adapters)]
     choices.append(AdapterChoice(BASE, None, EmotionControl()))
     _check_names(choices)
-    base = copy.copy(adapters[0].checkpoint)
-    base.lora_weights, base.name_or_path, base.revision = None, adapters[0].base_name, None
-    base.lm_config, base.raw_config = _without_lora(base.lm_config), _without_lora(base.raw_config)
-    return ResolvedModels(base, adapters[0].base_name, tuple(map(_adapter, adapters)), tuple(choices))
+    base = adapters[0]
+    runtime = tuple(model.adapter for model in adapters if model.adapter is not None)
+    return ResolvedModels(base.base, base.base_name, runtime, tuple(choices))
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model given by the user as `given_name=source` or `source`."""
+    """A model given by the user as `given_name=source` or `source`.
+
+    Attributes:
+        base: checkpoint of the base weights; the checkpoint itself for a whole model.
+        adapter: None for a whole model.
+    """
 
     given_name: str | None
     source: str
-    folder: Path
-    checkpoint: MoshiCheckpoint
+    checkpoint: Checkpoint
+    base: Checkpoint
+    adapter: RuntimeAdapter | None
     control: EmotionControl
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.checkpoint.lora_weights is not None
 
     @property
     def name(self) -> str:
@@ -164,24 +164,22 @@ class _Model:
 
     @property
     def origin(self) -> str:
-        return f"is an adapter of {self.base_name}" if self.is_adapter else "is a whole model"
+        return "is a whole model" if self.adapter is None else f"is an adapter of {self.base_name}"
 
     @property
     def base_name(self) -> str:
-        """Repository or folder of the base weights."""
-        name = str((self.checkpoint.raw_config or {}).get("moshi_name", ""))
-        if self.is_adapter and name.startswith("hf://"):
-            return "/".join(name.removeprefix("hf://").split("/")[:2])
-        return str(self.checkpoint.moshi_weights.parent) if self.is_adapter else self.source
+        return self.source if self.adapter is None else self.base.name_or_path
 
 
 def _resolve(name: str, revision: str | None) -> _Model:
     given_name, equals, source = name.partition("=")
     if not equals or not re.fullmatch(r"[\w.-]+", given_name) or Path(name).is_dir():
         given_name, source = "", name
-    folder = find_folder(source, revision)
-    checkpoint = find_checkpoint(source, revision)
-    return _Model(given_name or None, source, folder, checkpoint, read_emotion_control(folder))
+    family = get_family(source)
+    checkpoint = family.find_checkpoint(source, revision)
+    base, adapter = family.split_adapter(checkpoint, given_name or _name_of(source))
+    control = read_emotion_control(find_folder(source, revision))
+    return _Model(given_name or None, source, checkpoint, base, adapter, control)
 
 
 def _name_of(source: str) -> str:
@@ -195,41 +193,11 @@ def _name_of(source: str) -> str:
     return (descriptive or parts)[-1]
 
 
-def _adapter(model: _Model) -> RuntimeAdapter:
-    config = model.checkpoint.raw_config or {}
-    assert model.checkpoint.lora_weights is not None
-    try:
-        rank, scaling = int(config["lora_rank"]), float(config["lora_scaling"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{model.source}: config.json lacks lora_rank or lora_scaling.", "Export the adapter again."
-        ) from error
-    return RuntimeAdapter(model.name, model.checkpoint.lora_weights, rank, scaling)
-
-
 def _check_names(choices: Sequence[AdapterChoice]) -> None:
     names = [choice.name for choice in choices]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"Two adapters have the name {name!r}.", "Rename one of them: NAME=REPO_OR_FOLDER.")
-
-
-def _check_same_base(first: _Model, other: _Model) -> None:
-    # The first Moshi repositories have no config.json; their adapters do.
-    configs = [_without_lora(model.checkpoint.lm_config or loaders._lm_kwargs) for model in (first, other)]
-    if configs[0] != configs[1] or not _same_content(first.checkpoint.moshi_weights, other.checkpoint.moshi_weights):
-        raise UserError(
-            f"{first.source} {first.origin}, and {other.source} {other.origin}: the base models differ.",
-            "Name adapters of the same base model.",
-        )
-
-
-def _same_content(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve() or filecmp.cmp(one, other, shallow=False)
-
-
-def _without_lora(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if config is None else {key: value for key, value in config.items() if key not in LORA_KEYS}
 
 
 def _suggestion(name: str, names: Sequence[str]) -> str:

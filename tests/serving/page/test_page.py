@@ -243,7 +243,7 @@ def test_busy_server(open_page, url):
     first, second = open_page(url), open_page(url)
     start(first)
     second.locator("#talk").click()
-    expect(second.locator("#problem")).to_contain_text("busy: all 1 conversations are taken; try again later")
+    expect(second.locator("#problem")).to_contain_text("busy: all 1 slots are in use; try again later")
     expect(second.locator("#talk")).to_have_text("Start talking")
     third = open_page(url, status="Busy: all 1 slots are in use.")
     first.locator("#talk").click()

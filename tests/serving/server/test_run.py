@@ -1,6 +1,5 @@
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
@@ -9,7 +8,6 @@ import socket
 import ssl
 import subprocess
 import threading
-from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -199,7 +197,6 @@ def test_failed_engine_gives_a_two_line_error(fake_model, monkeypatch, capsys, f
         raise failure
 
     monkeypatch.setattr(model.engine, when, fail)
-    model.resolved = dataclasses.replace(model.resolved, base=SimpleNamespace(model_type="moshi"))
     monkeypatch.setattr("hf_csm.serving.server.run.resolve_models", lambda *_: model.resolved)
     monkeypatch.setattr("hf_csm.serving.server.run.load_weights", lambda *_, **__: model)
     monkeypatch.setattr("hf_csm.serving.server.run.logging.basicConfig", lambda **_: None)
