@@ -110,7 +110,8 @@ def test_samples_of_adapter_and_base_are_generated(trained, tmp_path, monkeypatc
         (model, emotion) for model in ("trained", "base") for emotion in ("happy", "sad")
     ]
     clips = {path.name: soundfile.read(path)[0].tobytes() for path in tmp_path.iterdir()}
-    assert len(clips) == len(set(clips.values())) == 4
+    for emotion in ("happy", "sad"):
+        assert clips[f"trained_{emotion}.wav"] != clips[f"base_{emotion}.wav"]
 
 
 def test_moshi_is_the_family_of_every_other_checkpoint(tiny_moshi):
