@@ -2,22 +2,19 @@
 
     NO_TORCH_COMPILE=1 python recipes/benchmarks/loop.py
 
-Prints one row of a Markdown table.
+Prints a Markdown table. `--steps 4 --pairs 1` shows only that it works.
 """
 
 from __future__ import annotations
 
-import datetime
-import statistics
+import argparse
 import tempfile
-import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-from benchmark import bare_step
-from benchmark_data import machine
+from paired_timing import bare_step, in_pairs, print_header, print_row, timed
 
 from hf_csm.config import DatasetConfig, LoraSettings, MoshiPaths, RunConfig, TrainingConfig
 from hf_csm.encode.compose import Composition
@@ -38,36 +35,36 @@ from hf_csm.units import seconds_to_frames
 
 
 def main() -> None:
-    """Print the row."""
-    loop_s, bare_s = loop_overhead(num_steps=100)
-    print("| what | loop | bare step | ratio | machine | date |\n|---|---|---|---|---|---|")
-    print(
-        f"| training loop, tiny model | {1000 * loop_s:.1f} ms | {1000 * bare_s:.1f} ms | {loop_s / bare_s:.3f} "
-        f"| {machine()} | {datetime.date.today().isoformat()} |"
-    )
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="steps of a measurement (default: 100)")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of measurements (default: 3)")
+    options = parser.parse_args()
+    loop_s, bare_s, ratio = loop_overhead(options.steps, options.pairs)
+    print_header("what", "loop", "bare step", "ratio")
+    print_row("training loop, tiny model", f"{1000 * loop_s:.1f} ms", f"{1000 * bare_s:.1f} ms", f"{ratio:.3f}")
 
 
-def loop_overhead(num_steps: int, num_runs: int = 3) -> tuple[float, float]:
-    """Return the median seconds of a step of `hf_csm.training.loop` and of a bare step, on the tiny model.
+def loop_overhead(num_steps: int, num_pairs: int) -> tuple[float, float, float]:
+    """Return the median seconds of a step of `hf_csm.training.loop`, of a bare step, and their ratio.
 
     A loop step is what a run of twice `num_steps` takes beyond one of `num_steps`, so set-up and the last checkpoint
     cancel; it includes loading, laying out, weights, reductions, clipping, logging and the progress bar. The bare
-    steps see the same micro-batches, already in memory: forward, backward, AdamW.
+    steps have the same micro-batches, already in memory: forward, backward, AdamW.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = _tiny_run(Path(folder))
-        loop_s, bare_s = [], []
-        for run in range(num_runs):
-            durations = []
-            for steps in (num_steps, 2 * num_steps):
-                config.run_dir = f"{folder}/run{run}_{steps}"
-                config.training.max_steps = steps
-                begin = time.perf_counter()
-                train(config, MOSHI)
-                durations.append(time.perf_counter() - begin)
-            loop_s.append((durations[1] - durations[0]) / num_steps)
-            bare_s.append(_bare_steps(config, num_steps))
-    return statistics.median(loop_s), statistics.median(bare_s)
+
+        def run(num_steps: int) -> float:
+            config.run_dir = tempfile.mkdtemp(dir=folder)
+            config.training.max_steps = num_steps
+            return timed(lambda: train(config, MOSHI))
+
+        return in_pairs(
+            lambda: (run(2 * num_steps) - run(num_steps)) / num_steps,
+            lambda: _bare_steps(config, num_steps),
+            num_pairs,
+        )
 
 
 def _tiny_run(folder: Path) -> RunConfig:
@@ -119,10 +116,12 @@ def _bare_steps(config: RunConfig, num_steps: int) -> float:
     # The second half of the longer run, which is the one that counts there.
     batches = [batch.codes for batch in islice(loader.batches(start=num_steps), num_steps)]
     bare_step(model, optimizer, batches[0])
-    begin = time.perf_counter()
-    for codes in batches:
-        bare_step(model, optimizer, codes)
-    return (time.perf_counter() - begin) / num_steps
+
+    def run() -> None:
+        for codes in batches:
+            bare_step(model, optimizer, codes)
+
+    return timed(run) / num_steps
 
 
 if __name__ == "__main__":

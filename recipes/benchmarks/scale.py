@@ -12,7 +12,6 @@ tables. The folder keeps the corpus (about 160 KB a clip), so that a second run 
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import os
 import random
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from benchmark_data import machine
+from paired_timing import print_header, print_row
 
 from hf_csm.units import SAMPLES_PER_FRAME
 from tests.doubles.msp_podcast import write_msp_podcast
@@ -149,14 +148,12 @@ def main(arguments: list[str] | None = None) -> None:
         if not (folder / f"raw_{name}").exists():
             beside = folder / f".raw_{name}"
             shutil.rmtree(beside, ignore_errors=True)
-            write_msp_podcast(beside, num_clips=num_clips, num_speakers=num_clips // 80, defects=False)
+            write_msp_podcast(beside, num_clips=num_clips, num_speakers=max(10, num_clips // 80), defects=False)
             beside.rename(folder / f"raw_{name}")
     program = str(Path(sys.executable).parent / "hf-csm")
 
-    print(
-        "| stage | clips | straight | memory, main | memory, worker | killed | files equal | files | machine | date |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = "stage | clips | straight | memory, main | memory, worker | killed | files equal | files"
+    print_header(*columns.split(" | "))
     for stage in options.stages:
 
         def command(name: str, out: str, stage: str = stage) -> list[str]:
@@ -171,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
         seconds = runs["large"].duration_s
         num_kills = killed_runs(command("large", f"{stage}_killed"), seconds, options.kills, options.seed)
         is_equal = hashes(folder / f"{stage}_killed") == hashes(folder / f"{stage}_large")
-        cells = [
+        print_row(
             stage,
             f"{sizes['small']:,} -> {sizes['large']:,}",
             f"{seconds:.0f} s",
@@ -180,10 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{num_kills} times",
             "yes" if is_equal else "NO",
             file_sizes(folder / f"{stage}_large"),
-            machine(),
-            datetime.date.today().isoformat(),
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        )
         shutil.rmtree(folder / f"{stage}_killed")
 
 

@@ -17,13 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from benchmark_data import machine
-from moshi.models import loaders
-from moshi.models.compression import MimiModel
-from moshi.models.lm import LMGen, LMModel
+from paired_timing import Measure, in_pairs, machine
 from safetensors.torch import save_file
 
 from hf_csm.models.family import RuntimeAdapter
@@ -34,14 +32,15 @@ from hf_csm.models.moshi.runtime_lora import add_adapters
 from hf_csm.models.moshi.tiny import write_tiny_moshi
 from hf_csm.units import FRAME_RATE, SAMPLES_PER_FRAME
 from tests.doubles.server import ServerProcess, converse
+from tests.doubles.stock_moshi import bare_loop, random_mimi, random_moshi, with_lora
 
 
 NUM_WARM_UP = 10
 RANK, SCALING = 64, 2.0
 OVERHEAD_BAR = 1.05
 
-Measure = Callable[[], float]
-"""Runs some frames and returns seconds per frame."""
+Load = Callable[[str], tuple[Any, Any]]
+"""Returns language model and Mimi on a device."""
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def main() -> None:
         print(f"{options.pairs} pairs of {options.frames} frames.\n")
         print("| what | ms a frame | bare loop | ratio | bar 1.05 |\n|---|---|---|---|---|")
         lm, mimi = load(options.device)
-        bare = bare_loop(*load(options.device), frames)
+        bare = bare_loop(*load(options.device), frames, NUM_WARM_UP)
         show("engine, one slot", in_pairs(engine_loop(Engine(lm, mimi), frames), bare, options.pairs))
         weights = Path(folder) / "lora.safetensors"
         write_adapter(lm, weights)
@@ -68,9 +67,13 @@ def main() -> None:
         strengths = add_adapters(lm, [RuntimeAdapter("random", weights, RANK, SCALING)], num_slots=1)
         strengths.set(0, 0, 1.0)
         steered = engine_loop(Engine(lm, mimi, strengths=strengths), frames)
-        unfused = bare_loop(*with_moshis_lora(load, options.device, weights), frames)
-        show(f"adapter of rank {RANK}; the loop with moshi's own", in_pairs(steered, unfused, options.pairs))
-        show("the same; the loop of the base alone, or fused", in_pairs(steered, bare, options.pairs))
+        lm, mimi = load(options.device)
+        unfused = bare_loop(with_lora(lm, weights, RANK, SCALING), mimi, frames, NUM_WARM_UP)
+        show(
+            f"adapter of rank {RANK}; bare loop with moshi's LoRA, not fused",
+            in_pairs(steered, unfused, options.pairs),
+        )
+        show("the same; bare loop of the base, as with LoRA fused", in_pairs(steered, bare, options.pairs))
         del unfused, steered
         if options.model == "tiny":
             serve(Path(folder), bare, frames, options.pairs)
@@ -80,53 +83,21 @@ def main() -> None:
             conversations(Path(folder))
 
 
-def tiny(folder: Path) -> Callable[[str], tuple[LMModel, MimiModel]]:
-    """Write a tiny Moshi and return what loads it."""
+def tiny(folder: Path) -> Load:
+    """Write a tiny Moshi and return its `Load`."""
     base = find_checkpoint(str(write_tiny_moshi(folder)))
     return lambda device: (base.get_moshi(device=device, dtype=torch.float32), load_mimi(base, device))
 
 
-def moshi_7b(device: str) -> tuple[LMModel, MimiModel]:
+def moshi_7b(device: str) -> tuple[Any, Any]:
     """Return a model of Moshi's size with random weights."""
-    return loaders.get_moshi_lm(None, device=device), loaders.get_mimi(None, device=device)
-
-
-def with_moshis_lora(
-    load: Callable[[str], tuple[LMModel, MimiModel]], device: str, weights: Path
-) -> tuple[LMModel, MimiModel]:
-    """Load a model with the adapter as `moshi.server --no_fuse_lora` does."""
-    lm, mimi = load(device)
-    loaded = loaders.get_lora_moshi(lm, weights, RANK, SCALING, dtype=lm.dtype, device=device, fuse_lora=False)
-    return loaded.eval(), mimi
+    return random_moshi(device), random_mimi(device)
 
 
 def speech(num_frames: int) -> list[np.ndarray]:
     """Return frames of noise."""
     noise = np.random.default_rng(0).normal(scale=0.1, size=(num_frames, SAMPLES_PER_FRAME))
     return list(noise.astype(np.float32))
-
-
-def bare_loop(lm: LMModel, mimi: MimiModel, frames: Sequence[np.ndarray]) -> Measure:
-    """Return the loop of `moshi.server` without network, text and Opus: encode, step, decode, to the CPU."""
-    mimi.set_num_codebooks(lm.dep_q)
-    generator = LMGen(lm)
-    mimi.streaming_forever(1)
-    generator.streaming_forever(1)
-
-    @torch.no_grad()
-    def run() -> float:
-        mimi.reset_streaming()
-        generator.reset_streaming()
-        for number, frame in enumerate((*frames[:NUM_WARM_UP], *frames)):
-            if number == NUM_WARM_UP:
-                begin = time.perf_counter()
-            tokens = generator.step(mimi.encode(torch.from_numpy(frame).to(lm.device)[None, None]))
-            if tokens is not None:
-                mimi.decode(tokens[:, 1:]).cpu().numpy()
-                tokens[0, 0, 0].item()
-        return (time.perf_counter() - begin) / len(frames)
-
-    return run
 
 
 def engine_loop(engine: Engine, frames: Sequence[np.ndarray]) -> Measure:
@@ -145,19 +116,6 @@ def engine_loop(engine: Engine, frames: Sequence[np.ndarray]) -> Measure:
     return run
 
 
-def in_pairs(one: Measure, other: Measure, num_pairs: int) -> tuple[float, float, float]:
-    """Return medians of both, and of their ratio in each pair; the order changes from pair to pair."""
-    pairs = []
-    for number in range(num_pairs):
-        if number % 2:
-            second, first = other(), one()
-        else:
-            first, second = one(), other()
-        pairs.append((first, second))
-    ones, others = zip(*pairs, strict=True)
-    return statistics.median(ones), statistics.median(others), statistics.median(a / b for a, b in pairs)
-
-
 def show(what: str, measured: tuple[float, float, float]) -> None:
     """Print a row."""
     one, other, ratio = measured
@@ -165,7 +123,7 @@ def show(what: str, measured: tuple[float, float, float]) -> None:
     print(f"| {what} | {1000 * one:.2f} | {1000 * other:.2f} | {ratio:.3f} | {verdict} |", flush=True)
 
 
-def write_adapter(lm: LMModel, path: Path) -> None:
+def write_adapter(lm: Any, path: Path) -> None:
     """Write random weights for every linear layer of `lm`."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
@@ -198,7 +156,7 @@ def client_loop(server: ServerProcess, audio: np.ndarray) -> Measure:
     return run
 
 
-def slots(load: Callable[[str], tuple[LMModel, MimiModel]], device: str, frames: Sequence[np.ndarray]) -> None:
+def slots(load: Load, device: str, frames: Sequence[np.ndarray]) -> None:
     """Print what a step takes with several slots that all speak."""
     print("| slots | ms a step | of the 80 ms of a frame |\n|---|---|---|")
     for num_slots in (1, 2, 4, 8):

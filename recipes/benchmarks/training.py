@@ -22,19 +22,16 @@ import argparse
 import datetime
 import gc
 import resource
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from moshi.models import loaders
+from paired_timing import bare_step, timed
 
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import MoshiLM
 from hf_csm.models.moshi.tiny import lm_arguments, tiny_config
 from hf_csm.units import seconds_to_frames
+from tests.doubles.stock_moshi import random_moshi
 
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -113,7 +110,7 @@ def measure(setting: Setting, device: torch.device, rank: int, num_steps: int, *
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     bare_step(model, optimizer, codes)
-    step_s = min(seconds(lambda: bare_step(model, optimizer, codes), device) for _ in range(num_steps))
+    step_s = min(timed(lambda: bare_step(model, optimizer, codes), device) for _ in range(num_steps))
     if device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated()
     else:
@@ -123,15 +120,12 @@ def measure(setting: Setting, device: torch.device, rank: int, num_steps: int, *
 
 def build_model(device: torch.device, rank: int, *, tiny: bool) -> MoshiLM:
     """Return Moshi with random weights, built on `device`, in an adapter, ready to train."""
+    arguments = None
     if tiny:
         sizes = {"dim": 64, "num_layers": 2, "num_heads": 4, "depformer_dim": 32, "depformer_num_layers": 2}
         arguments = lm_arguments(tiny_config(**sizes, card=128, text_card=512, context=3000))
-    else:
-        arguments = dict(loaders._lm_kwargs)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    lm = loaders.get_moshi_lm(
-        None, lm_kwargs=arguments, device=device, dtype=dtype, lm_kwargs_overrides={"gradient_checkpointing": True}
-    )
+    lm = random_moshi(device, dtype, arguments, gradient_checkpointing=True)
     model = add_lora(MoshiLM(lm), rank=rank, alpha=2 * rank, target_modules=TARGET_MODULES)
     return model.train()
 
@@ -143,17 +137,6 @@ def random_codes(model: MoshiLM, batch_size: int, num_frames: int) -> torch.Tens
     codes = torch.randint(model.layout.card, shape, generator=generator)
     codes[..., -model.layout.max_delay :] = -1
     return codes
-
-
-def bare_step(model: MoshiLM, optimizer: torch.optim.Optimizer, codes: torch.Tensor) -> None:
-    """Do one training step and nothing else: no logging, clipping, schedule or data."""
-    # The adapter is float32; autocast multiplies with it in bf16, as `mixed_precision: bf16` does in training.
-    autocast: Any = torch.autocast("cuda", torch.bfloat16) if codes.is_cuda else nullcontext()
-    with autocast:
-        scored = model(codes)
-    (scored.nll.sum() / scored.mask.sum()).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def step_flops(model: MoshiLM, batch_size: int, num_frames: int) -> float:
@@ -173,18 +156,7 @@ def matmul_flops_per_s(device: torch.device) -> float:
     """Return the FLOPs a second of a large square matrix product: bf16 on a GPU, float32 on CPU."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2.0 * size**3 / min(seconds(lambda: left @ right, device) for _ in range(10))
-
-
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Return how long `function` takes, until the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return 2.0 * size**3 / min(timed(lambda: left @ right, device) for _ in range(10))
 
 
 def device_gib(device: torch.device) -> float:
