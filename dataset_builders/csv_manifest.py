@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_csm.data.labels import EMOTIONS, INTENSITIES
-from hf_csm.data.text import normalise_text
+from hf_csm.data.text import normalize_text
 from hf_csm.errors import UserError
 from hf_csm.prepare.archive import Member
 from hf_csm.prepare.builder import CorpusBuilder, CorpusConfig
@@ -166,7 +166,7 @@ class CsvManifest(CorpusBuilder):
         return Utterance(
             id=f"{self.corpus}-{stem}",
             member=member,
-            text=normalise_text(row["text"], where),
+            text=normalize_text(row["text"], where),
             emotion_raw=_choose(row, "emotion", self.LABELS, where),
             emotion_perceived_raw=_choose(row, "emotion_perceived", self.LABELS, where),
             emotion_agreement=_share(row, "emotion_agreement", where),

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from hf_csm.data.text import normalise_text, split_words
+from hf_csm.data.text import normalize_text, split_words
 from hf_csm.errors import UserError
 from hf_csm.prepare.archive import Member
 from hf_csm.prepare.builder import CorpusBuilder, CorpusConfig
@@ -198,7 +198,7 @@ class MspPodcast(CorpusBuilder):
             else:
                 heard = read_words(member.read(), str(member))
         if any(character.isalnum() for character in text):
-            text = normalise_text(text, str(utterance.member))
+            text = normalize_text(text, str(utterance.member))
             words = place_words(split_words(text), heard)
             if heard and words is None:
                 tally.add("noted", "transcript and TextGrid differ", utterance.member.file_name)

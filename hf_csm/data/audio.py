@@ -1,4 +1,4 @@
-"""Waveforms in and out: any file libsndfile reads becomes mono, 24 kHz, 16 bit, FLAC."""
+"""Read audio of any format that libsndfile supports, resample to 24 kHz, write 16-bit mono FLAC; room tone."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from hf_csm.units import SAMPLE_RATE, Samples
 _GET_AGAIN = "Get this file from the corpus again, or remove it."
 _COPY_AGAIN = "Copy or extract this file again."
 _LEAST_PLACEHOLDER = 0x7FFFF000
-"""Sizes from here on are what programs write in a RIFF whose end they cannot know yet: 2 or 4 GiB, or nearly."""
+"""RIFF sizes from here on (2 or 4 GiB, or nearly) are placeholders of programs that write to a pipe."""
 _HIGHEST_PEAK = 8.0
-"""Of float samples, whose full scale is 1. What is louder was never scaled: int16 numbers stored as floats."""
+"""Of float samples, whose full scale is 1. Higher peaks come from int16 values stored as floats without scaling."""
 ROOM_TONE_DB = -60.0
 """Level of a silent user's channel at inference, inside the range of training, which has no digital silence."""
 
 
 def read_audio(source: bytes | str | Path, name: str | None = None) -> tuple[np.ndarray, int, int]:
-    """Read a sound file; channels are averaged.
+    """Read an audio file; channels are averaged.
 
     Args:
         source: the bytes of a file, or its path.
-        name: what to call it in a message; the path by default.
+        name: name in messages; the path by default.
 
     Returns:
         samples float32 `[S]` in -1..1, sample rate, number of channels in the file.
 
     Raises:
-        UserError: not a sound file, without samples, with samples that are no numbers or were never scaled, or (wav,
-            aiff, au, ogg, flac; an mp3 does not say how long it is) cut short.
+        UserError: not an audio file, without samples, with non-finite or unscaled samples, or truncated (wav, aiff,
+            au, ogg and flac only; mp3 has no length).
     """
     name = name or (str(source) if not isinstance(source, bytes) else "audio")
     if not isinstance(source, bytes):
@@ -49,7 +49,7 @@ def read_audio(source: bytes | str | Path, name: str | None = None) -> tuple[np.
             raise UserError(
                 f"{name}: cannot be read ({error.strerror or error}).", "Check the path and its permissions."
             ) from error
-    _refuse_cut_short(source, name)
+    _refuse_truncated(source, name)
     try:
         plain = _read_plain_wav(source)
         samples, sample_rate = plain or soundfile.read(io.BytesIO(source), dtype="float32")
@@ -61,19 +61,19 @@ def read_audio(source: bytes | str | Path, name: str | None = None) -> tuple[np.
     if not len(samples):
         raise UserError(f"{name}: has no samples.", _GET_AGAIN)
     if plain is None:
-        _refuse_no_sound(samples, name)
+        _refuse_bad_samples(samples, name)
     if samples.ndim == 1:
         return samples, sample_rate, 1
     return samples.mean(axis=1), sample_rate, samples.shape[1]
 
 
 def resample(samples: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Bring float32 samples `[S]` to 24 kHz (soxr, high quality)."""
+    """Resample float32 samples `[S]` to 24 kHz (soxr, high quality)."""
     return samples if sample_rate == SAMPLE_RATE else soxr.resample(samples, sample_rate, SAMPLE_RATE)
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
-    """Round float samples in -1..1 to int16; what lies outside is clipped."""
+    """Round float samples in -1..1 to int16; values outside are clipped."""
     scaled = samples * np.float32(32768)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -32768, 32767, out=scaled)
@@ -81,7 +81,7 @@ def to_int16(samples: np.ndarray) -> np.ndarray:
 
 
 def encode_flac(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> bytes:
-    """Encode int16 samples `[S]` (or float in -1..1, which are rounded) as 16-bit mono FLAC."""
+    """Encode int16 samples `[S]` (or float in -1..1) as 16-bit mono FLAC."""
     if samples.dtype != np.int16:
         samples = to_int16(samples.astype(np.float32, copy=False))
     buffer = io.BytesIO()
@@ -97,13 +97,13 @@ def decode_audio(audio: Mapping[str, Any]) -> np.ndarray:
 
 
 def hash_samples(samples: np.ndarray) -> str:
-    """Return the SHA-256 of int16 samples, little-endian: equal for equal sound, however the file was written."""
+    """Return the SHA-256 of int16 samples, little-endian: independent of file format and metadata."""
     assert samples.dtype == np.int16, samples.dtype
     return hashlib.sha256(samples.astype("<i2", copy=False).tobytes()).hexdigest()
 
 
 def room_tone(num_samples: Samples, rng: np.random.Generator, level_db: tuple[float, float]) -> np.ndarray:
-    """Return noise float32 `[S]` that falls off towards high frequencies, at a level drawn in dB of full scale."""
+    """Return low-pass noise float32 `[S]` at a level drawn uniformly from a range in dB of full scale."""
     smoothing = 8
     noise = rng.standard_normal(num_samples + smoothing - 1, dtype=np.float32)
     noise = np.convolve(noise, np.full(smoothing, smoothing**-0.5, dtype=np.float32), mode="valid")
@@ -111,9 +111,9 @@ def room_tone(num_samples: Samples, rng: np.random.Generator, level_db: tuple[fl
 
 
 def _read_plain_wav(content: bytes) -> tuple[np.ndarray, int] | None:
-    """Read 16-bit PCM in a RIFF, which most corpora are, in a quarter of libsndfile's time; `None` for all else.
+    """Read 16-bit PCM WAV, the format of most corpora, four times faster than libsndfile; `None` for other formats.
 
-    Same samples as libsndfile's: float32 `[S]`, or `[S, channels]`.
+    Same samples as libsndfile: float32 `[S]`, or `[S, channels]`.
     """
     if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         return None
@@ -135,8 +135,8 @@ def _read_plain_wav(content: bytes) -> tuple[np.ndarray, int] | None:
     return None
 
 
-def _refuse_no_sound(samples: np.ndarray, name: str) -> None:
-    # What floats can be: NaN, infinite, or int16 numbers that were never scaled.
+def _refuse_bad_samples(samples: np.ndarray, name: str) -> None:
+    # Floats may be NaN, infinite, or unscaled int16 values.
     peak = np.maximum(samples.max(), -samples.min())  # NaN if one of them is
     if not np.isfinite(peak):
         raise UserError(f"{name}: has samples that are no finite numbers.", _GET_AGAIN)
@@ -146,8 +146,8 @@ def _refuse_no_sound(samples: np.ndarray, name: str) -> None:
         )
 
 
-def _refuse_cut_short(content: bytes, name: str) -> None:
-    # libsndfile reads a half-copied file of these formats without a word and returns what there is.
+def _refuse_truncated(content: bytes, name: str) -> None:
+    # libsndfile reads truncated files of these formats without an error.
     head, declared = content[:4], 0
     if head == b"RIFF":
         declared = int.from_bytes(content[4:8], "little") + 8

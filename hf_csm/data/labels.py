@@ -1,4 +1,4 @@
-"""The label space that all corpora share, and the only way into it."""
+"""The label space that all corpora share, and the mapping of corpus labels to it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ EMOTIONS = (
     "contempt",
     "other",
 )
-"""Emotions in the order of their class index. No label (null) means that the raters did not agree."""
+"""Emotions in the order of their class index. No label (null) means that raters did not agree."""
 
 INTENSITIES = ("low", "medium", "high")
 
 UNLABELLED = "unlabelled"
-"""Stands for "no label" where a name is needed: in file names and tables, never in a row."""
+"""Name of the group without a label, in file names and reports; a row has null."""
 
 
 def map_label(raw: str, label_map: Mapping[str, str | None], where: str) -> str | None:
-    """Translate a corpus's own label to the shared one; `None` where the map says that it carries no agreement.
+    """Map a label of a corpus to the shared one; `None` for labels that mean that raters did not agree.
 
     Args:
-        raw: the label as the corpus writes it.
+        raw: the label in the corpus.
         label_map: from the corpus's labels to `EMOTIONS` (or `None`), complete.
-        where: the file or row that carries the label, for the message.
+        where: file or row with the label, for the message.
 
     Raises:
-        UserError: the corpus's map does not know the label.
+        UserError: the label is not in the map.
     """
     if raw not in label_map:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The two rows that stages hand each other on disk: an utterance (after prepare) and a window (after encode)."""
+"""Row schemas of the tables that stages exchange: an utterance (after prepare) and a window (after encode)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PROSODY_COLUMNS = ("f0_median_hz", "f0_range_st", "loudness_range_db", "words_pe
 
 WORD = {"word": Value("string"), "start_s": Value("float32"), "end_s": Value("float32")}
 
-# Decoding is left to the reader: `Audio` decodes only through torchcodec, which needs FFmpeg on the system.
-# `hf_csm.data.audio.decode_audio(row["audio"])` gives the samples everywhere.
+# `decode=False`, because `datasets` decodes `Audio` only with torchcodec, which needs FFmpeg on the system.
+# `hf_csm.data.audio.decode_audio(row["audio"])` returns the samples without either.
 UTTERANCE_FEATURES = Features(
     {
         "id": Value("string"),
@@ -43,9 +43,9 @@ UTTERANCE_FEATURES = Features(
         **{name: Value("float32") for name in PROSODY_COLUMNS},
     }
 )
-"""One clip of one speaker. Times are seconds from its first sample; null where the corpus does not say.
+"""One clip of one speaker. Times are seconds from its first sample; null where unknown.
 
-The last five are there after `prepare --prosody`, null otherwise; `hf_csm.prepare.prosody` says how they are measured.
+The last five are set by `prepare --prosody`, otherwise null; `hf_csm.prepare.prosody` documents the measures.
 `sentence_id` is shared by all clips of a sentence that is kept in one split.
 """
 

@@ -1,4 +1,4 @@
-"""Transcripts: one spelling of white space and Unicode for all corpora, and what counts as a word."""
+"""Transcripts: white space and Unicode normalization for all corpora, and splitting into words."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff"
 _WORD = re.compile(rf"[{_CJK}][^\w\s]*|[^\s{_CJK}]+")
 
 
-def normalise_text(text: str, where: str) -> str:
+def normalize_text(text: str, where: str) -> str:
     """Return the transcript in Unicode NFC with single spaces and no invisible characters.
 
-    Case and punctuation stay: the text stream of a conversational model carries both.
+    Case and punctuation are kept: the text stream of a conversational model has both.
 
     Raises:
-        UserError: nothing that can be spoken is left. `where` names the clip.
+        UserError: no letter or digit is left. `where` names the clip in the message.
     """
-    normalised = " ".join(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
-    if not any(character.isalnum() for character in normalised):
+    normalized = " ".join(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
+    if not any(character.isalnum() for character in normalized):
         raise UserError(f"{where}: the transcript {text!r} is empty.", "Give the clip its transcript or remove it.")
-    return normalised
+    return normalized
 
 
 def split_words(text: str) -> list[str]:
-    """Split a normalised transcript in words, punctuation left on them; a mark that stands alone joins its neighbour.
+    """Split a normalized transcript into words with their punctuation; a mark on its own joins its neighbor.
 
     >>> split_words("Dogs are - oh! - by the door.")
     ['Dogs', 'are -', 'oh! -', 'by', 'the', 'door.']

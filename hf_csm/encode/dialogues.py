@@ -1,4 +1,4 @@
-"""Recorded dialogues, listed as for moshi-finetune, to a table of codes: both channels kept, for replay.
+"""Encode recorded dialogues, listed in a moshi-finetune manifest, to a table of codes with both channels.
 
 A manifest is a JSONL file of `{"path": "data_stereo/a.wav", "duration": 24.5}`. The audio is stereo, Moshi on the
 left and the user on the right; `data_stereo/a.json` has `{"alignments": [["word", [0.1, 0.4], "SPEAKER_MAIN"]]}`.
@@ -43,12 +43,12 @@ from hf_csm.units import (
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
 SHORTEST_S = 1.0
-"""What is left of a recording after its last whole window is a window if it is this long."""
+"""Minimum length of the trailing partial window of a recording."""
 DURATION_TOLERANCE_S = 0.5
 SAMPLE_BYTES = 1 << 16
-"""Of an audio file at its beginning, middle and end: what is looked at to find out whether it has changed."""
+"""Bytes hashed at the beginning, middle and end of an audio file to detect changes."""
 SPLIT_STEMS = ("train", "validation", "val", "dev", "test")
-"""Names of manifests that do not tell one corpus from another."""
+"""Manifest names that do not identify a corpus."""
 NOTICE = "The manifest does not say under which terms its recordings may be used. Ask those who made them."
 
 
@@ -61,7 +61,7 @@ class Recording:
     """A row of a manifest.
 
     Attributes:
-        name: in ids, unique in the manifest.
+        name: used in ids; unique in the manifest.
         num_samples: at 24 kHz.
         sample_rate: of the file.
         first_speaker: of its words, by time; `None` if it has none.
@@ -78,7 +78,7 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class Segment(Conversation):
-    """A stretch of a recording from sample `offset` on, after `lead` samples of room tone."""
+    """A section of a recording that starts at sample `offset`, preceded by `lead` samples of room tone."""
 
     recording: int
     offset: Samples
@@ -100,17 +100,17 @@ def encode_manifest(
 ) -> EncodeReport:
     """Cut the dialogues of a manifest into windows and encode them, as rows of the split `train`.
 
-    Staging, resuming and sharing of the work are those of `encode`.
+    Staging, resuming and sharing of the work are as for `encode`.
 
     Args:
-        manifest: JSONL file; paths in it start from its folder. A row may have an `emotion`, which is
-            Moshi's, and a `language`, such as `en`.
-        composition: `duration_s` is the longest window; the others shape the room tone that is put before a window
-            with an emotion in which someone speaks too early for the prefix.
-        corpus: name in the rows and prefix of ids; by default that of the card beside the manifest, as
-            `export_manifest` writes one, else the manifest's own, else, if it is named after a split, its folder's.
+        manifest: JSONL file; its paths are relative to its folder. A row may have an `emotion` (of Moshi's channel)
+            and a `language`, such as `en`.
+        composition: `duration_s` is the longest window; the other options shape the room tone that is inserted before
+            a window with an emotion whose first word comes too early for the prefix.
+        corpus: name in the rows and prefix of ids; by default that of the card beside the manifest, if there is one
+            (`export_manifest` writes it), else the manifest's name, or its folder's if it is named after a split.
         batch_s: as for `encode`.
-        rank: number of this process.
+        rank: index of this process.
         world_size: number of processes that share the work.
 
     Raises:
@@ -152,7 +152,7 @@ def encode_manifest(
 
 
 def _card_beside(manifest: Path) -> dict[str, Any]:
-    """Return corpus and terms from the card in the manifest's folder; empty if that has none of ours."""
+    """Return corpus and terms from the card in the manifest's folder; empty if it has no card of hf-csm."""
     try:
         card = read_card_metadata(manifest.parent)
     except UserError:
@@ -161,10 +161,10 @@ def _card_beside(manifest: Path) -> dict[str, Any]:
 
 
 def read_rows(manifest: Path) -> list[tuple[str, str, Seconds | None, str | None, str | None]]:
-    """Return where it is said, path, duration, emotion and language of each row.
+    """Return location (for messages), path, duration, emotion and language of each row.
 
     Raises:
-        UserError: the manifest is missing, or a row is damaged or names what it must not.
+        UserError: the manifest is missing, or a row is invalid or names a file outside the folder.
     """
     remedy = 'Each line is an object such as {"path": "data_stereo/a.wav", "duration": 24.5}.'
     try:
@@ -234,11 +234,11 @@ def _is_number(value: object) -> bool:
 
 
 class Dialogues:
-    """The recordings of a manifest, all looked at before any is encoded; sound and words stay on disk.
+    """The recordings of a manifest, all checked before any is encoded; audio and words stay on disk.
 
     Attributes:
         segments: windows of all recordings, in order.
-        noted: what was left out or is not as the manifest says.
+        noted: counts of what was left out or differs from the manifest.
         sha256: hash of the manifest, the alignments, and the sizes and some of the bytes of the audio files.
     """
 
@@ -268,23 +268,23 @@ class Dialogues:
                 first_speaker = MAIN_SPEAKER
             self._recordings.append(Recording(name, audio, num_samples, sample_rate, emotion, language, first_speaker))
         self.sha256 = digest.hexdigest()
-        # A recording of such a manifest in which the main speaker says nothing is one in which Moshi listens.
+        # If the manifest names a main speaker at all, a recording without that speaker is one in which Moshi listens.
         self._has_main = any(recording.first_speaker == MAIN_SPEAKER for recording in self._recordings)
         self.segments = [segment for index in range(len(self._recordings)) for segment in self._cut(index)]
-        self.noted = +self.noted  # without what never happened
+        self.noted = +self.noted  # without zeros
 
     def waveform(self, conversation: Segment) -> np.ndarray:
         """Return a segment, float32 `[2, S]` at 24 kHz."""
         recording = self._recordings[conversation.recording]
-        heard = _read_window(recording, conversation.offset, conversation.num_samples - conversation.lead)
+        audio = _read_window(recording, conversation.offset, conversation.num_samples - conversation.lead)
         if not conversation.lead:
-            return heard
+            return audio
         rng = np.random.default_rng(conversation.seed)
         lead = [room_tone(conversation.lead, rng, self._composition.room_tone_db) for _ in (MOSHI, USER)]
-        return np.concatenate([np.stack(lead), heard], axis=1)
+        return np.concatenate([np.stack(lead), audio], axis=1)
 
     def words(self, conversation: Segment) -> list[dict]:
-        """Return the words that begin in a segment, as `WINDOW_FEATURES` has them."""
+        """Return the words that begin in a segment, in the format of `WINDOW_FEATURES`."""
         recording = self._recordings[conversation.recording]
         return _words_in(conversation, self._place(recording, read_alignments(recording.audio)))
 
@@ -348,12 +348,12 @@ def _words_in(segment: Segment, words: list[dict]) -> list[dict]:
 
 
 def _turns(segment: Segment, words: list[dict]) -> tuple[Turn, ...]:
-    """Return what a channel says before the other says a word as one turn each; the recording is its clip."""
+    """Return one turn for each run of words of one channel; its clip is the recording."""
     turns: list[Turn] = []
     for channel, run in itertools.groupby(words, key=lambda word: word["channel"]):
-        said = list(run)
-        start = seconds_to_samples(said[0]["start_s"])
-        num_samples = seconds_to_samples(max(word["end_s"] for word in said)) - start
+        words_of_turn = list(run)
+        start = seconds_to_samples(words_of_turn[0]["start_s"])
+        num_samples = seconds_to_samples(max(word["end_s"] for word in words_of_turn)) - start
         clip = Clip(
             place=(segment.recording, 0),
             id=segment.speaker_id,
@@ -386,7 +386,7 @@ def _examine(audio: Path, where: str) -> tuple[Samples, int]:
 
 
 def _sample_sha256(audio: Path) -> str:
-    """Return a hash of the size and of the first, middle and last bytes of a file, which may have very many."""
+    """Return a hash of the size and of the first, middle and last bytes of a file, which may be large."""
     size = audio.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with audio.open("rb") as file:
@@ -397,8 +397,8 @@ def _sample_sha256(audio: Path) -> str:
 
 
 def _read_window(recording: Recording, offset: Samples, num_samples: Samples) -> np.ndarray:
-    """Read a stretch of a recording: float32 `[2, S]` at 24 kHz."""
-    # From a whole second on, which is a whole sample at both rates, with a second on either side for the filter.
+    """Read a section of a recording: float32 `[2, S]` at 24 kHz."""
+    # From a whole second, which is a whole sample at both rates, with a second on either side for the filter.
     first_s = max(offset // SAMPLE_RATE - 1, 0)
     last_s = -(-(offset + num_samples) // SAMPLE_RATE) + 1
     try:

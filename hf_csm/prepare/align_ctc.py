@@ -1,4 +1,4 @@
-"""Word times from a CTC speech recogniser that is told what was said: the best path of characters in its frames."""
+"""Word times by forced alignment with a CTC speech recognizer."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from hf_csm.prepare.align_energy import voiced_spans
 
 
 _BATCH_S = 160.0
-"""Seconds that go through the transformer at once, padding included: a gigabyte for a model of 24 layers."""
+"""Seconds of audio in a transformer batch, including padding: 1 GB for a model of 24 layers."""
 _FARTHEST_S = 0.5
-"""A word reaches no farther beyond its letters: what sounds there is no speech."""
+"""Maximum extension of a word beyond its recognized letters; sound beyond it is not speech."""
 _APOSTROPHES = str.maketrans("\u2018\u2019\u02bc", "'''")
 
 
 class CtcAligner:
-    """Forced alignment with a wav2vec2 CTC model, float32. A clip's times do not depend on the clips beside it.
+    """Forced alignment with a wav2vec2 CTC model, float32. Results do not depend on how clips are batched.
 
-    The convolutions run clip by clip, the transformer on padded features with a mask. That is what a model whose
-    convolutions end in a group norm needs: its statistics are taken over time, so padded sound would change every
-    frame, and no attention mask could undo it. For the other kind it is the same as a batch of padded sound.
+    The convolutions run clip by clip, the transformer on padded features with a mask: models with a group norm in
+    their convolutions compute statistics over time, so padded audio would change every frame. For models with a layer
+    norm the result equals that of padded audio.
 
     Args:
         model_name_or_folder: a Hub id such as `facebook/wav2vec2-base-960h`, or a local folder.
         device: where the model runs.
 
     Raises:
-        UserError: no CTC model of that name can be loaded, or it lacks its head or its blank.
+        UserError: no CTC model can be loaded, or it lacks its head or its blank token.
     """
 
     def __init__(self, model_name_or_folder: str, device: str = "cpu"):
-        # torch and transformers take seconds to import and must stay out of the energy path, whose workers are forked.
+        # Imported here: they take seconds, and the forked workers of the energy path must not import torch.
         import torch
         from transformers import Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
@@ -52,13 +52,13 @@ class CtcAligner:
             tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(model_name_or_folder)
             num_outputs = model.config.vocab_size
             self._vocabulary = {token: id_ for token, id_ in tokenizer.get_vocab().items() if id_ < num_outputs}
-        except Exception as error:  # each kind of damage has its own: TypeError, SafetensorError, AttributeError, ...
+        except Exception as error:  # depends on the damage: TypeError, SafetensorError, AttributeError, ...
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"{model_name_or_folder}: no wav2vec2 CTC model can be loaded ({reason}).", remedy
             ) from error
-        # transformers fills weights that are not there at random and only warns: of a model that was never trained to
-        # recognise speech, or of another family. The vector that masks frames in training is of no use here.
+        # transformers only warns when it initializes missing weights at random: for a model without CTC head, or of
+        # another architecture. `masked_spec_embed` is used in training only.
         missing = sorted(key for key in loading["missing_keys"] if "masked_spec_embed" not in key)
         if missing:
             raise UserError(
@@ -84,7 +84,7 @@ class CtcAligner:
         Args:
             clips: float32 `[S]` each.
             sample_rate: of the clips.
-            words: of each clip, as `split_words` gives them, at least one.
+            words: of each clip, from `split_words`, at least one.
 
         Returns:
             for each clip `{"word", "start_s", "end_s"}` for each word: ascending, not overlapping, inside the clip.
@@ -133,7 +133,7 @@ class CtcAligner:
                 yield model.lm_head(own).log_softmax(-1).cpu()
 
     def _spikes(self, log_probs: Any, spelling: list[list[int]], duration_s: float) -> list[tuple[float, float]]:
-        """Return where the letters of each word are recognised: start of the first and end of the last."""
+        """Return the span of each word's recognized letters: start of the first, end of the last."""
         from torchaudio.functional import forced_align, merge_tokens
 
         target = sum(spelling, [])
@@ -163,16 +163,16 @@ class CtcAligner:
             ids = self._spell(word)
             if not ids:
                 return None
-            # Scripts without spaces have no delimiters to hear, even if the vocabulary has one.
+            # Scripts without spaces have no delimiter, even if the vocabulary has one.
             is_delimited = index > 0 and split_words(words[index - 1] + word) != [words[index - 1], word]
             has_delimiter = is_delimited and self._delimiter_id is not None
             spelling.append([self._delimiter_id, *ids] if has_delimiter else ids)  # type: ignore[list-item]
         return spelling
 
     def _spell(self, word: str) -> list[int]:
-        """Return the ids of a word's characters in the case that the model has; empty if it lacks one.
+        """Return the ids of a word's characters in the case of the vocabulary; empty if one is missing.
 
-        Punctuation is not spoken; an apostrophe is left out where the vocabulary has none.
+        Punctuation is ignored; an apostrophe is ignored if the vocabulary has none.
         """
         ids: list[int] = []
         for character in word.translate(_APOSTROPHES):
@@ -191,13 +191,13 @@ class CtcAligner:
 def fill_gaps(
     spikes_s: list[tuple[float, float]], sound_s: np.ndarray, duration_s: float
 ) -> list[tuple[float, float]]:
-    """Widen words to their borders: CTC marks a letter with a spike somewhere in it and calls the rest blank.
+    """Extend words to their borders: CTC marks a letter by a spike somewhere inside it, the rest is blank.
 
-    A word reaches to the pause beside it, or half-way to the next word where the sound goes on.
+    A word extends to the adjacent pause, or half-way to the next word if there is none.
 
     Args:
-        spikes_s: start and end of each word as recognised, ascending.
-        sound_s: `[N, 2]`, the parts of the clip that sound.
+        spikes_s: start and end of each word's recognized letters, ascending.
+        sound_s: `[N, 2]`, the voiced parts of the clip.
         duration_s: of the clip.
     """
     pauses_s = np.concatenate([[0.0], sound_s.ravel(), [duration_s]]).reshape(-1, 2)
@@ -219,12 +219,12 @@ def fill_gaps(
 
 
 def _least_frames(target: list[int]) -> int:
-    """Return the frames that a target needs: one a token, and a blank between two of the same."""
+    """Return the minimum number of frames for a target: one per token, and a blank between equal tokens."""
     return len(target) + sum(a == b for a, b in zip(target, target[1:], strict=False))
 
 
 def _batches(durations_s: dict[int, float]) -> list[list[int]]:
-    """Group clips of like length, the shortest first, up to `_BATCH_S` with padding."""
+    """Batch clips of similar length, shortest first, up to `_BATCH_S` including padding."""
     batches: list[list[int]] = []
     for index in sorted(durations_s, key=lambda index: durations_s[index]):
         if not batches or (len(batches[-1]) + 1) * durations_s[index] > _BATCH_S:

@@ -1,4 +1,4 @@
-"""Word times from the energy of a clip, for corpora that ship none. It needs no model and knows no language."""
+"""Word times from the energy of a clip, for corpora without word times. Independent of model and language."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 
 
 FRAME_S = 0.010
-# A frame is voiced if it is this far below the loudest one at most, and this far above the room.
+# A frame is voiced if it is at most this far below the loudest one, and at least this far above the noise floor.
 _BELOW_PEAK_DB = 38.0
 _ABOVE_FLOOR_DB = 10.0
 # Pauses shorter than this are stops and weak consonants inside words.
 _SHORTEST_PAUSE_S = 0.12
-# Those from here on, margins taken off, are between words.
+# Pauses of at least this length, without margins, are between words.
 _SURE_PAUSE_S = 0.16
 _SHORTEST_VOICED_S = 0.03
-# Quiet onsets and releases fall under the threshold: widen what was found.
+# Quiet onsets and releases are below the threshold: widen each span.
 _MARGIN_S = 0.02
 
 _VOWELS = re.compile("[aeiouyàáâãäåæèéêëìíîïòóôõöøùúûüýÿœ]+", re.IGNORECASE)
@@ -28,8 +28,8 @@ _VOWELS = re.compile("[aeiouyàáâãäåæèéêëìíîïòóôõöøùúûü�
 def energy_align(samples: np.ndarray, sample_rate: int, words: list[str]) -> list[dict[str, Any]]:
     """Spread words over the voiced part of a clip in proportion to their length; pauses are skipped.
 
-    People pause between words: a pause moves the nearest border between two words to itself, and the words between two
-    pauses are stretched to fit.
+    Pauses are between words: each pause attracts the nearest word border, and the words between two pauses are
+    stretched to fit.
 
     Args:
         samples: float `[S]`.
@@ -63,7 +63,7 @@ def energy_align(samples: np.ndarray, sample_rate: int, words: list[str]) -> lis
 
 
 def voiced_spans(samples: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Return `[N, 2]` start and end in seconds of the parts that sound, float64, ascending; N may be 0."""
+    """Return `[N, 2]` start and end in seconds of the voiced parts, float64, ascending; N may be 0."""
     hop = max(1, round(FRAME_S * sample_rate))
     num_frames = len(samples) // hop
     if num_frames < 3:
@@ -72,7 +72,7 @@ def voiced_spans(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     power = np.einsum("tn,tn->t", frames, frames) / hop + 1e-10
     peak_db = 10 * math.log10(power.max())
     floor_db = 10 * math.log10(np.partition(power, num_frames // 20)[num_frames // 20])
-    # A clip without quiet parts has no floor to speak of: never ask for more than 15 dB below its peak.
+    # A clip without quiet parts has no noise floor: the threshold is at least 15 dB below the peak.
     threshold_db = min(max(peak_db - _BELOW_PEAK_DB, floor_db + _ABOVE_FLOOR_DB), peak_db - 15.0)
     is_voiced = np.zeros(num_frames + 2, dtype=bool)
     np.greater(power, 10 ** (threshold_db / 10), out=is_voiced[1:-1])
@@ -95,7 +95,7 @@ def _snap(edges: np.ndarray, pauses: np.ndarray) -> np.ndarray:
     here, there = [edges[0]], [edges[0]]
     for pause in pauses:
         nearest = int(np.abs(edges - pause).argmin())
-        # Nearest to the clip's own edge is a breath or a click; two pauses near one edge cut a word.
+        # A pause next to the clip's edge is a breath or a click; of two pauses near one border, one is inside a word.
         if here[-1] < edges[nearest] < edges[-1]:
             here.append(edges[nearest])
             there.append(pause)

@@ -1,4 +1,4 @@
-"""Raw corpora as they are published: files in folders and members of zips, read in place, nothing extracted."""
+"""Raw corpora as published: files in folders and members of zips, read in place without extraction."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Member:
 def list_members(sources: Iterable[str | Path]) -> list[Member]:
     """List every file of folders and zips, those of zips inside folders too, sorted by depth and name.
 
-    Hidden files and what macOS and Windows leave behind are not listed.
+    Hidden files and metadata files of macOS and Windows are not listed.
 
     Raises:
         UserError: a source is missing, empty, not a folder or zip, a damaged zip, or a zip with unsafe names.
@@ -92,15 +92,15 @@ def _list_folder(folder: Path) -> list[Member]:
 
     for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         real_root = os.path.realpath(root)
-        if real_root in seen_folders:  # a link that points up would never end
+        if real_root in seen_folders:  # a link to a parent folder would loop forever
             folders.clear()
             continue
         seen_folders.add(real_root)
-        folders[:] = [name for name in folders if not _is_litter(name)]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         inside = os.path.relpath(root, folder).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
         for name in files:
-            if _is_litter(name):
+            if _is_hidden(name):
                 continue
             path = os.path.join(root, name)  # no `Path`: there may be a million files
             if name.lower().endswith(".zip"):
@@ -126,13 +126,13 @@ def _list_zip(path: Path) -> list[Member]:
                 f"{path}: the member {info.filename!r} points outside the zip.",
                 "This is not a zip as its corpus publishes it: download it from the source.",
             )
-        if info.is_dir() or any(_is_litter(part) for part in parts):
+        if info.is_dir() or any(_is_hidden(part) for part in parts):
             continue
         members.append(Member(info.filename, str(path), info.file_size, is_zipped=True))
     return members
 
 
-def _is_litter(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 

@@ -1,7 +1,7 @@
-"""The base of all corpus builders: from raw files to finished utterance rows, the same way for every corpus.
+"""Base class of all corpus builders: from raw files to utterance rows, with the same steps for every corpus.
 
-A builder in `dataset_builders/` says what its files mean (`CorpusBuilder.utterances`). Everything else happens here,
-so that no row can skip it: shared labels, 24 kHz mono FLAC, normalised transcript, word times, content hash.
+A builder in `dataset_builders/` describes its files (`CorpusBuilder.utterances`). Everything else happens here, so
+that no row can skip it: shared labels, 24 kHz mono FLAC, normalized transcript, word times, content hash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow as pa
 from hf_csm.data.audio import encode_flac, hash_samples, read_audio, resample, to_int16
 from hf_csm.data.labels import emotion_id, intensity_id, map_label
 from hf_csm.data.schema import ALIGNMENT_SOURCES, PROSODY_COLUMNS, UTTERANCE_FEATURES
-from hf_csm.data.text import normalise_text, split_words
+from hf_csm.data.text import normalize_text, split_words
 from hf_csm.errors import UserError, require_extra
 from hf_csm.prepare.align_ctc import load_ctc_aligner
 from hf_csm.prepare.align_energy import energy_align
@@ -33,20 +33,20 @@ from hf_csm.units import SAMPLE_RATE, samples_to_seconds
 
 ROWS_PER_TABLE = 32
 CLIPS_AT_ONCE = 16
-"""Clips that go through a CTC model together."""
+"""Clips in a batch of the CTC model."""
 LATEST_END_S = 0.05
-"""By how much a corpus's own word times may pass the end of a clip, where they are cut. With more, they are wrong."""
+"""Word times of a corpus may exceed the clip by this much and are clamped; beyond it they are rejected."""
 
 
 @dataclass
 class CorpusConfig(datasets.BuilderConfig):
-    """Options of every corpus. A builder with more of them subclasses this.
+    """Options of every corpus. A builder with more options subclasses this.
 
     Attributes:
-        sources: folders, zips or URLs of the raw corpus; `None` for where the corpus is published.
-        align_model: a CTC model for word times; `None` for the energy of the clip.
-        prosody: measure pitch, loudness and rate of each clip.
-        listing: hash of names and sizes of the raw files, so that a cache of other files is never reused.
+        sources: folders, zips or URLs of the raw corpus; `None` to download it.
+        align_model: CTC model for word times; `None` for alignment by energy.
+        prosody: measure pitch, loudness and speaking rate of each clip.
+        listing: hash of names and sizes of the raw files, so that the cache of other files is never reused.
     """
 
     sources: list[str] | None = None
@@ -65,7 +65,7 @@ class CorpusConfig(datasets.BuilderConfig):
 
 @dataclass(frozen=True)
 class _Clip:
-    """A clip whose sound is read: samples float32 `[S]` at 24 kHz and the same as int16."""
+    """A clip with its audio: samples float32 `[S]` at 24 kHz and the same as int16."""
 
     utterance: Utterance
     text: str
@@ -75,26 +75,26 @@ class _Clip:
 
 
 class CorpusBuilder(datasets.ArrowBasedBuilder):
-    """Turn a raw corpus into utterance rows. A subclass sets the constants and says what its files mean."""
+    """Turn a raw corpus into utterance rows. A subclass sets the constants and describes its files."""
 
     BUILDER_CONFIG_CLASS = CorpusConfig
 
     NAME: str
-    """As users type it; also the module's name and the prefix of ids."""
+    """Name on the command line; also of the module, and prefix of ids."""
     TITLE: str
     LICENSE: str
-    """Licence id of the Hugging Face Hub."""
+    """License id of the Hugging Face Hub."""
     NOTICE: str
-    """What the licence asks to be said with every copy: authors, source, terms."""
+    """Attribution that the license requires with every copy: authors, source, terms."""
     HOMEPAGE: str
     HOW_TO_GET = ""
-    """What to do for a corpus that no program can download, if there is more to it than its homepage."""
+    """How to get a corpus that cannot be downloaded automatically, if the homepage does not suffice."""
     LABELS: Mapping[str, str | None]
-    """From the corpus's emotion labels to the shared ones; `None` where raters did not agree."""
+    """Map of the corpus's emotion labels to the shared ones; `None` where raters did not agree."""
     FILE_NAME: re.Pattern[str] | None = None
-    """Whole names of the corpus's sound files, by which a folder of it is recognised; `None` if they may be any."""
+    """Pattern of the corpus's audio file names, to recognize its folder; `None` if any name is possible."""
     NOT_TO_BE_PUBLISHED: str | None = None
-    """Why no copy of its audio, codes, texts or labels may be published; `None` if the licence lets it."""
+    """Why audio, codes, texts and labels must not be published; `None` if the license allows it."""
 
     @property
     def corpus(self) -> str:
@@ -102,21 +102,21 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         return self.NAME
 
     def archives(self) -> list[RemoteArchive]:
-        """Return where the corpus is published; nothing if it has to be asked for."""
+        """Return the public archives of the corpus; empty if access must be requested."""
         return []
 
     def utterances(self, members: list[Member]) -> Iterable[Utterance | Skipped]:
-        """Say what each file of the corpus is; files that are none of the corpus's are passed over.
+        """Describe each file of the corpus; other files are ignored.
 
         Raises:
-            UserError: a file of the corpus's kind whose name or entry makes no sense.
+            UserError: a file of the corpus with an invalid name or entry.
         """
         raise NotImplementedError
 
     def complete(self, utterance: Utterance, tally: Tally) -> Utterance:
-        """Return the utterance with what its `sidecars` say; called where its sound is read, in parallel.
+        """Return the utterance completed from its `sidecars`; called by the worker that reads the audio.
 
-        What is odd about them is added to `tally`.
+        Irregularities are added to `tally`.
         """
         return utterance
 
@@ -125,7 +125,7 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         return list_members(paths)
 
     def shards(self) -> tuple[list[Shard], Tally]:
-        """List the raw corpus in the order of splits, speakers and ids, and what was left out.
+        """List the raw corpus by split, speaker and id; also return what was left out.
 
         Raises:
             UserError: a source is missing or damaged, holds another corpus or nothing of this one, has an unknown
@@ -166,7 +166,7 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
     def rows(self, shard: Shard, tally: Tally) -> Iterator[dict[str, Any]]:
         """Yield the finished rows of a shard in the order of their ids, as `UTTERANCE_FEATURES` stores them.
 
-        A take of a speaker whose samples and label came before is dropped. What was dropped or repaired is added to
+        Repeated takes of a speaker (same samples, same label) are dropped. What was dropped or repaired is added to
         `tally`.
 
         Raises:
@@ -192,13 +192,13 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
                 continue
             sha256 = hash_samples(pcm)
             key = (sha256, utterance.speaker_id, utterance.emotion_raw)
-            if key in seen:  # one recording under two speakers or labels is for `plan_pieces`
+            if key in seen:  # `plan_pieces` handles one recording under two speakers or labels
                 tally.add("dropped", "same samples as another take of the speaker", utterance.member.file_name)
                 continue
             seen.add(key)
             if num_channels > 1:
                 tally.add("repaired", f"{num_channels} channels averaged to one", utterance.member.file_name)
-            text = "" if utterance.text is None else normalise_text(utterance.text, name)
+            text = "" if utterance.text is None else normalize_text(utterance.text, name)
             yield _Clip(utterance, text, samples, pcm, sha256)
 
     def _row(self, clip: _Clip, words: list[dict[str, Any]], alignment_source: str | None) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         }
 
     def _words(self, clips: list[_Clip], tally: Tally) -> list[tuple[list[dict[str, Any]], str | None]]:
-        """Return the words of each clip with their times, and where these come from (`None` without a transcript)."""
+        """Return the words of each clip with their times, and their source (`None` without a transcript)."""
         found: dict[int, tuple[list[dict[str, Any]], str | None]] = {}
         for index, clip in enumerate(clips):
             timed, duration_s = clip.utterance.words, samples_to_seconds(len(clip.pcm))
@@ -299,7 +299,7 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
 
 
 def config_options(config_class: type[CorpusConfig]) -> list[dataclasses.Field[Any]]:
-    """Return the options that users set."""
+    """Return the options that users can set."""
     inner = {option.name for option in dataclasses.fields(datasets.BuilderConfig)} | {"sources", "listing"}
     return [option for option in dataclasses.fields(config_class) if option.name not in inner]
 
@@ -307,7 +307,7 @@ def config_options(config_class: type[CorpusConfig]) -> list[dataclasses.Field[A
 def _read_option(name: str, kind: Any, value: Any) -> Any:
     """Return an option's value in its declared type.
 
-    From the command line it comes as a tuple of words, `()` for an option without a value; from Python as it is.
+    The command line gives a tuple of words, `()` for an option without a value; Python gives the value itself.
 
     Raises:
         UserError: it has another type.

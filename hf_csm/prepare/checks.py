@@ -1,4 +1,4 @@
-"""The checks between a builder's words about its files and the work on them: labels, faults, leaks; then shards."""
+"""Checks of a builder's listing (labels, faults, leaks between splits), its division into shards, and its hashes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hf_csm.prepare.utterance import Shard, Skipped, Tally, Utterance
 
 
 SHARD_CLIPS = 128
-"""Most clips of a shard, so that a killed run loses a second of work only."""
+"""Maximum clips of a shard; a killed run loses at most this much work per process."""
 MOST_FAULTS = 0.01
-"""Share of clips that may lack their audio or their entry."""
+"""Maximum share of clips without audio or without an entry."""
 
 
 def list_clips(
     found: Iterable[Utterance | Skipped], labels: Mapping[str, str | None], title: str
 ) -> tuple[list[Shard], Tally]:
-    """Check what a builder found and deal it to shards, in the order of splits, speakers and ids.
+    """Check what a builder found and divide it into shards, by split, speaker and id.
 
     Args:
-        found: what the builder says; the first clip of an id counts.
+        found: from the builder; of several clips with one id, the first is used.
         labels: the builder's `LABELS`.
         title: of the corpus, for messages.
 
@@ -54,14 +54,14 @@ def list_clips(
             by_id[item.id] = item
     _refuse_many(faults, len(by_id), title)
     refuse_leaks(by_id.values())
-    return _deal(by_id.values()), tally
+    return _divide(by_id.values()), tally
 
 
 def refuse_leaks(utterances: Iterable[Utterance]) -> None:
-    """Raise if a speaker or a sentence is in two splits.
+    """Check that no speaker and no sentence is in two splits.
 
     Raises:
-        UserError: it is; names both clips.
+        UserError: one is; names both clips.
     """
     first_of: dict[tuple[str, str], Utterance] = {}
     for utterance in utterances:
@@ -88,10 +88,9 @@ def looks_like(members: Sequence[Member], patterns: Mapping[str, re.Pattern[str]
 
 
 def hash_listing(shards: Iterable[Shard]) -> str:
-    """Return a hash of what a listing says: every clip's name, size and description. Independent of where it lies.
+    """Return a hash of name, size and description of every clip, independent of location and dates.
 
-    A copy of the corpus has the same hash, whatever its dates; so has one where a file was replaced by another of the
-    same size, which `hash_shard` tells apart.
+    A file that was replaced by another of the same size does not change it, but changes `hash_shard`.
     """
     names = [facts.name for facts in dataclasses.fields(Utterance) if facts.name not in ("member", "sidecars")]
     digest = hashlib.sha256()
@@ -104,7 +103,7 @@ def hash_listing(shards: Iterable[Shard]) -> str:
 
 
 def hash_shard(shard: Shard) -> str:
-    """Return a hash of what the listing says of a shard and of when its files, or their zips, last changed."""
+    """Return a hash of a shard's listing and of the modification times of its files or their zips."""
     members = [member for clip in shard.utterances for member in (clip.member, *clip.sidecars)]
     facts = [hash_listing([shard]), *map(_changed_at_ns, members)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -114,7 +113,7 @@ def _changed_at_ns(member: Member) -> int | None:
     path = member.source if member.is_zipped else os.path.join(member.source, member.name)
     try:
         return os.stat(path).st_mtime_ns
-    except OSError:  # whoever reads it says what is wrong with it
+    except OSError:  # reported when it is read
         return None
 
 
@@ -130,8 +129,8 @@ def _refuse_many(faults: Mapping[str, Sequence[str]], num_clips: int, title: str
             )
 
 
-def _deal(utterances: Iterable[Utterance]) -> list[Shard]:
-    """Make a shard of each speaker, several of one with many clips; speakers of a single clip share theirs."""
+def _divide(utterances: Iterable[Utterance]) -> list[Shard]:
+    """Make one shard per speaker, several for one with many clips; speakers with a single clip share shards."""
     by_speaker: dict[tuple[int, str], list[Utterance]] = {}
     for utterance in sorted(utterances, key=lambda utterance: utterance.id):
         by_speaker.setdefault((SPLITS.index(utterance.split), utterance.speaker_id), []).append(utterance)

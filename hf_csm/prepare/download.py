@@ -1,4 +1,4 @@
-"""Archives from the web: resumed where they were cut, checked, renamed into place when whole."""
+"""Download of archives: resumed after an interruption, verified, then renamed into place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tqdm import tqdm
 from hf_csm.errors import UserError
 
 
-# What is lost of a broken transfer is less than one chunk.
 _CHUNK_BYTES = 1 << 16
 _TIMEOUT_S = 30
 _NUM_TRIES = 5
@@ -23,12 +22,12 @@ _NUM_TRIES = 5
 
 @dataclass(frozen=True)
 class RemoteArchive:
-    """A file on the web and what is known of it.
+    """A file on the web.
 
     Attributes:
-        url: where it is.
-        md5: of the whole file, if published.
-        num_bytes: its size, if published.
+        url: its address.
+        md5: of the file, if published.
+        num_bytes: of the file, if published.
     """
 
     url: str
@@ -37,12 +36,12 @@ class RemoteArchive:
 
 
 def is_url(source: str) -> bool:
-    """Say whether a source is to be fetched from the web."""
+    """Return whether a source is a URL."""
     return source.startswith(("http://", "https://"))
 
 
 def download_folder() -> Path:
-    """Return the folder that keeps downloads: `hf_csm/downloads` in the Hugging Face cache (`HF_HOME`)."""
+    """Return the folder for downloads: `hf_csm/downloads` in the Hugging Face cache (`HF_HOME`)."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     return Path(home).expanduser() / "hf_csm" / "downloads"
 
@@ -50,19 +49,19 @@ def download_folder() -> Path:
 def download(
     archive: RemoteArchive, folder: Path | None = None, *, progress: bool = True, wait_s: float = 1.0
 ) -> Path:
-    """Fetch an archive unless it is there already; a broken transfer goes on where it stopped, also in a later run.
+    """Download an archive unless it exists; an interrupted transfer resumes, also in a later run.
 
     Args:
-        archive: what to fetch.
+        archive: to download.
         folder: the cache; `download_folder()` by default.
-        progress: show a bar.
-        wait_s: pause before the second try, doubled before each further one.
+        progress: show a progress bar.
+        wait_s: pause before the second try, doubled for each further one.
 
     Returns:
-        The path of the whole, checked file.
+        the path of the verified file.
 
     Raises:
-        UserError: the server cannot be reached, refuses, or what it sends is not the published file.
+        UserError: the server cannot be reached or refuses, or the file is not the published one.
     """
     address = archive.url.split("#")[0]
     key = hashlib.sha256(address.encode()).hexdigest()[:12]
@@ -74,15 +73,13 @@ def download(
         target.parent.mkdir(parents=True, exist_ok=True)
         was_resumed = part.is_file() and part.stat().st_size > 0
         _fetch(archive, address, part, progress, wait_s)
-        if was_resumed and _fault(archive, part):  # the first half may be of another file: once more, from the start
+        if was_resumed and _fault(archive, part):  # the first half may be of another file: start over
             part.unlink()
             _fetch(archive, address, part, progress, wait_s)
         fault = _fault(archive, part)
         if fault:
             part.unlink()
-            raise UserError(
-                f"{address}: {fault}.", "Try again; if it stays so, download the file by hand and name its path."
-            )
+            raise UserError(f"{address}: {fault}.", "Try again, or download the file by hand and name its path.")
         os.replace(part, target)
     except OSError as error:
         if isinstance(error, requests.RequestException):
@@ -110,19 +107,19 @@ def _fetch(archive: RemoteArchive, address: str, part: Path, progress: bool, wai
                 break
     raise UserError(
         f"{address}: cannot be downloaded ({last_error}).",
-        "Check the network and run again (it goes on where it stopped), or download by hand and name the path.",
+        "Check the network and run again (the download resumes), or download by hand and name the path.",
     )
 
 
 def _fetch_once(archive: RemoteArchive, address: str, part: Path, progress: bool) -> bool:
-    """Append what is missing to `part`; returns whether the file is now as long as the server said."""
+    """Append the missing bytes to `part`; return whether it now has the length that the server stated."""
     num_have = part.stat().st_size if part.is_file() else 0
-    # Without `identity` a server may compress, and offsets would not be those of the file.
+    # Without `identity` the server may compress, and offsets would not be those of the file.
     headers = {"Accept-Encoding": "identity"}
     if num_have:
         headers["Range"] = f"bytes={num_have}-"
     with requests.get(address, headers=headers, stream=True, timeout=_TIMEOUT_S) as response:
-        if response.status_code == 416:  # nothing after what we have: either whole, or of another file
+        if response.status_code == 416:  # no bytes after ours: complete, or another file
             if response.headers.get("Content-Range", "").rpartition("/")[2] == str(num_have):
                 return True
             part.unlink()
@@ -133,7 +130,7 @@ def _fetch_once(archive: RemoteArchive, address: str, part: Path, progress: bool
             part.unlink()
             return False
         if not is_resumed:
-            num_have = 0  # the server does not resume and sends the whole
+            num_have = 0  # the server ignores ranges and sends the whole file
         length = response.headers.get("Content-Length")
         num_total = num_have + int(length) if length else archive.num_bytes
         bar = tqdm(desc=part.stem, total=num_total, initial=num_have, unit="B", unit_scale=True, disable=not progress)

@@ -1,4 +1,4 @@
-"""What emotion does to a voice, in five numbers a clip: pitch, its range, the range of loudness, rate, voicing."""
+"""Prosody of a clip in five numbers: pitch, pitch range, loudness range, speaking rate, share of voiced frames."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_csm.prepare.align_energy import voiced_spans
 
 
 _PITCH_RATE = 16_000
-# Speech, screams included; the model itself goes from 47 to 2,094 Hz.
+# Range of speech including screams; the model itself covers 47 to 2,094 Hz.
 _LOWEST_HZ, _HIGHEST_HZ = 50.0, 800.0
-_CONTEXT_S = 0.2  # what a frame of it hears to either side; the quiet beyond need not cost anything
-_VOICED_CONFIDENCE = 0.5  # as calibrated by its authors
+_CONTEXT_S = 0.2  # receptive field of a frame to either side; silence beyond it is not computed
+_VOICED_CONFIDENCE = 0.5  # the threshold of its authors
 _LEAST_VOICED_FRAMES = 5
-"""80 ms, a short vowel. Fewer are chance."""
+"""80 ms, a short vowel. Fewer are unreliable."""
 
 _WINDOW_S, _HOP_S = 0.4, 0.1
 _ABSOLUTE_GATE_DB, _RELATIVE_GATE_DB = -70.0, -20.0
@@ -43,7 +43,7 @@ def measure_prosody(samples: np.ndarray, sample_rate: int, words: list[dict[str,
         `loudness_range_db`: from the 10th to the 95th percentile of the windows' levels.
         `words_per_s`: words by the length of the span, pauses included; each Chinese character is a word.
         `voiced_share`: voiced frames by frames.
-        Each is `None` where there is nothing to measure: no voice, no words, less than two windows of sound.
+        Each is `None` if undefined: no voiced frames, no words, less than two loudness windows.
     """
     span_s = _spoken_span(samples, sample_rate, words)
     confidence, pitch_hz = _pitch(samples, sample_rate, span_s)
@@ -62,7 +62,7 @@ def measure_prosody(samples: np.ndarray, sample_rate: int, words: list[dict[str,
 
 
 def _spoken_span(samples: np.ndarray, sample_rate: int, words: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return where speech starts and ends, in seconds; the same twice if nothing sounds."""
+    """Return where speech starts and ends, in seconds; both equal if there is no sound."""
     if words:
         return words[0]["start_s"], words[-1]["end_s"]
     spans_s = voiced_spans(samples, sample_rate)
@@ -70,7 +70,7 @@ def _spoken_span(samples: np.ndarray, sample_rate: int, words: list[dict[str, An
 
 
 def _pitch(samples: np.ndarray, sample_rate: int, span_s: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return confidence and pitch in Hz of the frames whose centre lies in the span."""
+    """Return confidence and pitch in Hz of the frames whose center is in the span."""
     first = max(0, round((span_s[0] - _CONTEXT_S) * sample_rate))
     signal = soxr.resample(samples[first : round((span_s[1] + _CONTEXT_S) * sample_rate)], sample_rate, _PITCH_RATE)
     if not len(signal):
@@ -83,7 +83,7 @@ def _pitch(samples: np.ndarray, sample_rate: int, span_s: tuple[float, float]) -
 
 @functools.lru_cache(maxsize=1)
 def _detector(process_id: int) -> Any:
-    """Load the pitch detector once a process: sessions of onnxruntime are not made to be forked."""
+    """Load the pitch detector once per process: onnxruntime sessions do not survive a fork."""
     from swift_f0 import SwiftF0
 
     return SwiftF0(threads=1)

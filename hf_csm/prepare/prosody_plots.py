@@ -1,8 +1,7 @@
-"""Pictures for the card of a prepared table: what each emotion does to pitch, loudness and rate."""
+"""Plots for the card of a prepared table: pitch, loudness and speaking rate by emotion."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow as pa
 from hf_csm.data.labels import EMOTIONS, UNLABELLED, emotion_name
 from hf_csm.data.schema import PROSODY_COLUMNS, SPLITS
 from hf_csm.data.table import read_columns, split_files
+from hf_csm.files import replaced_file
 
 
 FOLDER = "plots"
@@ -21,7 +21,7 @@ FOLDER = "plots"
 
 @dataclass(frozen=True)
 class _Measure:
-    """A prosody column: its heading, its format, and the column whose values must not be mixed in one median."""
+    """A prosody column: heading, number of digits, and the column by which medians are separated."""
 
     column: str
     heading: str
@@ -47,10 +47,10 @@ by frames. A clip in which a measure is undefined is left out of it."""
 
 
 def draw_prosody(table: Path) -> str:
-    """Draw the prosody of a prepared table by emotion as PNG in its folder `plots`; same rows, same bytes.
+    """Plot the prosody of a prepared table by emotion as PNGs in its folder `plots`; same rows, same bytes.
 
     Returns:
-        the section of the card: pictures, medians, and how they were measured; empty if nothing was measured.
+        a section for the card: plots, medians and definitions of the measures; empty if nothing was measured.
     """
     files = [file for split in SPLITS for file in split_files(table, split)]
     rows = read_columns(files, ["emotion", "gender", "language", *PROSODY_COLUMNS])
@@ -79,7 +79,7 @@ def draw_prosody(table: Path) -> str:
 
 
 def _groups(rows: pa.Table, column: str | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the values of a column and the rows that have them; one nameless group if there is but one value."""
+    """Yield the values of a column and the rows that have them; one nameless group if there is only one value."""
     values = [None] * len(rows) if column is None else rows[column].to_pylist()
     names = sorted({value for value in values if value is not None})
     if len(names) < 2:
@@ -90,7 +90,7 @@ def _groups(rows: pa.Table, column: str | None) -> Iterator[tuple[str, np.ndarra
 
 
 def _draw(path: Path, heading: str, emotions: list[str], boxes: dict[str, list[np.ndarray]]) -> None:
-    """Draw a box for each emotion and group. The picture depends on the values only, not on settings or the clock."""
+    """Draw a box for each emotion and group. The bytes depend on the values only, not on user settings or time."""
     import matplotlib.style
     from matplotlib.figure import Figure  # without pyplot: no display, no state
     from matplotlib.patches import Patch
@@ -119,7 +119,5 @@ def _draw(path: Path, heading: str, emotions: list[str], boxes: dict[str, list[n
         axes.grid(axis="y", alpha=0.3)
         if len(boxes) > 1:
             axes.legend(handles=legend, loc="best")
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_name(f"{path.name}.tmp")
-        figure.savefig(part, format="png", dpi=100, metadata={"Software": None})
-        os.replace(part, path)
+        with replaced_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=100, metadata={"Software": None})

@@ -239,7 +239,7 @@ No speaker and no recording is in two splits.
 
 {builder.NOTICE}
 
-Source: {builder.HOMEPAGE}. Licence: {builder.LICENSE}.
+Source: {builder.HOMEPAGE}. License: {builder.LICENSE}.
 """
     metadata = {
         "stage": "prepared",

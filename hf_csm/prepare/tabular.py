@@ -1,4 +1,4 @@
-"""Tables beside sound files: csv, tsv, json and json lines in UTF-8; what is wrong with one is said by row."""
+"""Metadata tables of corpora: CSV, TSV, JSON and JSON Lines in UTF-8; errors name the row."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from hf_csm.prepare.archive import Member
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 KEY_COLUMN = "FileName"
-"""Column of the keys of a json object, whose values are the rows."""
+"""Column with the keys of a JSON object whose values are the rows."""
 
 
 def read_rows(table: Member) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a table in order, each with its place: `table.csv: row 7`; cells are stripped.
+    """Yield the rows of a table in order, each with its location (`table.csv: row 7`); cells are stripped.
 
-    Rows are numbered as lines are, the header being the first. Empty lines are passed over; null is an empty cell.
+    Rows are numbered by line, including the header. Empty lines are skipped; null becomes an empty cell.
 
     Raises:
-        UserError: not UTF-8, or not a table of the kind that its suffix says.
+        UserError: not UTF-8, or not in the format of its suffix.
     """
     suffix = PurePosixPath(table.file_name).suffix.lower()
     text = read_text(table)
@@ -44,7 +44,7 @@ def read_text(member: Member) -> str:
     """Return the text of a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        UserError: another encoding.
+        UserError: it has another encoding.
     """
     try:
         return member.read().decode("utf-8-sig")
@@ -55,11 +55,11 @@ def read_text(member: Member) -> str:
 
 
 class _Malformed(Exception):
-    """A row whose shape is not the table's."""
+    """A row or table with an invalid structure."""
 
 
 def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    # Not `StringIO`, which takes four bytes a character: ratings of a large corpus are a hundred megabytes.
+    # Not `StringIO`, which needs four bytes per character: ratings of a large corpus have a hundred megabytes.
     lines = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8", newline="")
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header = [column.strip() for column in next(reader, [])]
@@ -82,7 +82,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _json_lines(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    # Not `splitlines`: a transcript may hold U+2028, which ends no line of json.
+    # Not `splitlines`, which splits at U+2028 too: that is allowed in a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield number, _cells(json.loads(line))
@@ -97,6 +97,6 @@ def _cells(fields: object) -> dict[str, str]:
     cells = {key.strip(): "" if value is None else str(value).strip() for key, value in fields.items()}
     try:
         "".join([*cells, *cells.values()]).encode()
-    except UnicodeEncodeError as error:  # an escape such as \ud83d without its other half
+    except UnicodeEncodeError as error:  # an unpaired surrogate such as \ud83d
         raise _Malformed(f"half a character, {error.object[error.start]!r}") from error
     return cells

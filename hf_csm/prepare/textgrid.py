@@ -1,4 +1,4 @@
-"""Word times in Praat TextGrids, as forced aligners leave them beside a corpus, and how they fit its transcripts."""
+"""Word times from Praat TextGrids, as written by forced aligners, and their match with transcripts."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ TimedWord = tuple[str, float, float]
 
 SILENCES = frozenset(("", "sil", "sp", "spn", "<eps>"))
 UNKNOWN_WORD = "<unk>"
-"""What aligners write for a word that their dictionary lacks."""
+"""Label that aligners write for out-of-vocabulary words."""
 
 _ROUNDING_S = 0.001
-_WORD_TIER = re.compile(r"(?:.* - )?words?", re.IGNORECASE)  # aligners put the speaker before it: "p12 - words"
+_WORD_TIER = re.compile(r"(?:.* - )?words?", re.IGNORECASE)  # aligners may prefix the speaker: "p12 - words"
 _TOKEN = re.compile(r'"(?:[^"]|"")*"|(?<!\S)[-+]?\.?\d[^\s"]*|<exists>')
 
 
 def read_words(content: bytes, where: str) -> tuple[TimedWord, ...]:
-    """Return the words of a TextGrid in order; silences are passed over.
+    """Return the words of a TextGrid in order, without silences.
 
     The words are those of the interval tier called `words` or `word`, else of the first interval tier.
 
     Args:
         content: the file, in Praat's long or short text format, UTF-8 or UTF-16.
-        where: what to call it in a message.
+        where: name in messages.
 
     Raises:
-        UserError: damaged, cut short, without an interval tier, or with words that end before they start.
+        UserError: damaged, truncated, without an interval tier, or with words that end before they start.
     """
     tiers = _interval_tiers(_decode(content, where), where)
     _, intervals = next((tier for tier in tiers if _WORD_TIER.fullmatch(tier[0].strip())), tiers[0])
@@ -43,10 +43,10 @@ def read_words(content: bytes, where: str) -> tuple[TimedWord, ...]:
     return tuple(interval for interval in intervals if interval[0].lower() not in SILENCES)
 
 
-def place_words(words: Iterable[str], heard: tuple[TimedWord, ...]) -> tuple[TimedWord, ...] | None:
-    """Return the words of a transcript with the times at which an aligner heard them; `None` if they differ.
+def place_words(words: Iterable[str], aligned: tuple[TimedWord, ...]) -> tuple[TimedWord, ...] | None:
+    """Return the words of a transcript with the times of the aligned words; `None` if the words differ.
 
-    Case and punctuation do not count. A word may have been heard in pieces, and `<unk>` stands for any one word.
+    Case and punctuation are ignored. A word may be aligned in several pieces, and `<unk>` matches any one word.
 
     >>> place_words(["Well-known,", "Zyx!"], (("well", 0.1, 0.3), ("known", 0.3, 0.6), ("<unk>", 0.6, 1.0)))
     (('Well-known,', 0.1, 0.6), ('Zyx!', 0.6, 1.0))
@@ -54,25 +54,25 @@ def place_words(words: Iterable[str], heard: tuple[TimedWord, ...]) -> tuple[Tim
     placed = []
     position = 0
     for word in words:
-        if position == len(heard):
+        if position == len(aligned):
             return None
-        piece, start_s, end_s = heard[position]
+        piece, start_s, end_s = aligned[position]
         position += 1
         letters, spelled = _letters(word), _letters(piece)
         while piece.lower() != UNKNOWN_WORD and spelled != letters:
-            if position == len(heard) or not letters.startswith(spelled):
+            if position == len(aligned) or not letters.startswith(spelled):
                 return None
-            piece, _, end_s = heard[position]
+            piece, _, end_s = aligned[position]
             position += 1
             spelled += _letters(piece)
         placed.append((word, start_s, end_s))
-    return tuple(placed) if position == len(heard) else None
+    return tuple(placed) if position == len(aligned) else None
 
 
 def _interval_tiers(text: str, where: str) -> list[tuple[str, list[TimedWord]]]:
     """Return name and intervals of each interval tier.
 
-    Praat reads both formats alike: of a file, only quoted strings, numbers that stand free and `<exists>` count.
+    Praat reads both formats the same way: only quoted strings, free-standing numbers and `<exists>` matter.
     """
     if text.count('"') % 2:
         raise _damaged(where, "a label has no end")
@@ -106,7 +106,7 @@ def _interval_tiers(text: str, where: str) -> list[tuple[str, list[TimedWord]]]:
 
 
 def _unquoted(token: str) -> str:
-    """Return the text of a quoted string; `ValueError` if it is none."""
+    """Return the text of a quoted string; raise `ValueError` if it is not one."""
     if token[0] != '"':
         raise ValueError(f"{token} stands where a label should")
     return token[1:-1].replace('""', '"').strip()

@@ -1,4 +1,4 @@
-"""What a builder says about its files, before any sound is read: clips, and what of the corpus gives no clip."""
+"""What a builder returns about its files before any audio is read: utterances and skipped files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hf_csm.prepare.archive import Member
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """What a corpus says about one clip. Fields as in `UTTERANCE_FEATURES`.
+    """The metadata of one clip. Fields as in `UTTERANCE_FEATURES`.
 
     `emotion_raw` and `emotion_perceived_raw` are the corpus's own labels, keys of the builder's `LABELS`, or `None`
-    where it gives none; `text` is `None` where there is no transcript, and its row's is empty then; `words` are the
-    corpus's own word times, or `None`; clips of one `sentence_id` must all be in one split.
+    if there is none; `text` is `None` without a transcript (the row then has an empty text); `words` are the corpus's
+    own word times, or `None`; clips of one `sentence_id` must all be in one split.
     """
 
     id: str
@@ -29,7 +29,7 @@ class Utterance:
     intensity: str | None = None
     words: tuple[tuple[str, float, float], ...] | None = None
     sidecars: tuple[Member, ...] = ()
-    """Files that the builder's `complete` reads text or word times from, when the clip is made."""
+    """Files from which the builder's `complete` reads text or word times."""
     emotion_perceived_raw: str | None = None
     emotion_agreement: float | None = None
     arousal: float | None = None
@@ -40,14 +40,14 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A file or an entry that belongs to the corpus and gives no row.
+    """A file or an entry of the corpus that yields no row.
 
     Attributes:
         where: the file, or the name in a table.
-        reason: why, a phrase that makes sense after "dropped".
-        is_fault: whether it should not be so: audio without an entry, an entry without audio. A corpus with more than
+        reason: completes the sentence "dropped: ...".
+        is_fault: whether it is a defect: audio without an entry, or an entry without audio. A corpus with more than
             1 % of them is refused.
-        action: "dropped", or "noted" for what is said of a clip that gives a row all the same.
+        action: "dropped", or "noted" for a remark on a clip that does yield a row.
     """
 
     where: Member | str
@@ -57,13 +57,13 @@ class Skipped:
 
     @property
     def name(self) -> str:
-        """The file's name, or the entry's."""
+        """Name of the file or entry."""
         return self.where if isinstance(self.where, str) else self.where.file_name
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Clips of one split that one process works on: those of a speaker, or of speakers with one clip each."""
+    """Clips of one split that one process prepares: of one speaker, or of several with one clip each."""
 
     split: str
     utterances: tuple[Utterance, ...]
@@ -71,7 +71,7 @@ class Shard:
 
 @dataclass
 class Tally:
-    """What was dropped, repaired or done otherwise than asked: action and reason -> count and one example."""
+    """Counts of dropped, repaired or otherwise changed clips: (action, reason) -> count and one example."""
 
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -87,6 +87,6 @@ class Tally:
         return [[*key, self.counts[key], self.examples[key]] for key in sorted(self.counts)]
 
     def add_rows(self, rows: Iterable[Iterable[Any]]) -> None:
-        """Add what another tally's `rows` say."""
+        """Add the `rows` of another tally."""
         for action, reason, count, example in rows:
             self.add(action, reason, example, count)

@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 
 from hf_csm.data.audio import ROOM_TONE_DB, read_audio, resample, room_tone
-from hf_csm.data.text import normalise_text, split_words
+from hf_csm.data.text import normalize_text, split_words
 from hf_csm.errors import UserError
 from hf_csm.models.family import Frame
 from hf_csm.models.moshi.forced_text import WORD_START, Script, words_in
@@ -186,7 +186,7 @@ def check_text(text: str) -> str:
         UserError: it contains no words.
     """
     try:
-        return normalise_text(text, "what to say")
+        return normalize_text(text, "what to say")
     except UserError:
         raise UserError(f"The text {text!r} is empty.", "Give at least one word.") from None
 

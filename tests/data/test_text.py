@@ -1,17 +1,17 @@
 import pytest
 
-from hf_csm.data.text import normalise_text, split_words
+from hf_csm.data.text import normalize_text, split_words
 from hf_csm.errors import UserError
 
 
-def test_white_space_and_unicode_are_normalised():
-    assert normalise_text("\ufeff  Cafe\u0301 \t\n au lait ", "clip") == "Caf\u00e9 au lait"
+def test_white_space_and_unicode_are_normalized():
+    assert normalize_text("\ufeff  Cafe\u0301 \t\n au lait ", "clip") == "Caf\u00e9 au lait"
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "...", "\u200b"])
 def test_a_transcript_without_words_is_an_error(text):
     with pytest.raises(UserError, match="clip"):
-        normalise_text(text, "clip")
+        normalize_text(text, "clip")
 
 
 def test_words_keep_their_punctuation():
