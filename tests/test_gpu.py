@@ -1,4 +1,4 @@
-"""What only a GPU can show. `pytest -m gpu` on a machine with one; skipped elsewhere."""
+"""Tests that need a GPU: `pytest -m gpu`; skipped on a machine without one."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_gradients_of_float32_adapters_flow_through_a_bfloat16_base(base):
         assert weight.grad.isfinite().all()
 
 
-def test_codes_of_the_gpu_are_those_of_the_cpu(base):
+def test_codes_from_the_gpu_equal_those_from_the_cpu(base):
     rng = np.random.default_rng(0)
     waveform = (0.1 * rng.standard_normal((2, 300 * SAMPLES_PER_FRAME))).astype(np.float32)
     (cpu,) = encode_waveforms(load_mimi(base), [waveform])
@@ -85,14 +85,14 @@ def test_a_run_on_the_gpu_learns_and_resumes(base, codes, tmp_path):
 
 
 def talk(engine, slot, seed, num_frames=12):
-    """Return text and codes, `[T, 1 + Q]`, that a fresh conversation of noise gives in `slot`."""
+    """Return text and codes, `[T, 1 + Q]`, of a new conversation in `slot` with noise as input."""
     engine.reset(slot)
     noise = np.random.default_rng(seed).normal(scale=0.1, size=(num_frames, SAMPLES_PER_FRAME)).astype(np.float32)
-    said = [engine.step({slot: frame}).get(slot) for frame in noise]
-    return np.stack([[frame.text_token, *frame.codes] for frame in said if frame is not None])
+    frames = [engine.step({slot: frame}).get(slot) for frame in noise]
+    return np.stack([[frame.text_token, *frame.codes] for frame in frames if frame is not None])
 
 
-def test_the_engine_with_cuda_graphs_gives_what_it_gives_without(base):
+def test_cuda_graphs_do_not_change_the_output_of_the_engine(base):
     from moshi.utils.compile import no_cuda_graph
 
     lm, mimi = base.get_moshi(device="cuda", dtype=torch.float32), load_mimi(base, "cuda")
@@ -107,7 +107,7 @@ def test_the_engine_with_cuda_graphs_gives_what_it_gives_without(base):
     assert np.array_equal(graphed, plain)
 
 
-def test_strengths_reach_cuda_graphs_that_were_captured_before(base, tmp_path):
+def test_a_strength_set_after_capture_changes_the_output_of_cuda_graphs(base, tmp_path):
     model = add_lora(load_moshi(base), rank=4, alpha=8, target_modules="all-linear")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -120,10 +120,10 @@ def test_strengths_reach_cuda_graphs_that_were_captured_before(base, tmp_path):
     )
     engine = Engine(lm, load_mimi(base, "cuda"), strengths=strengths, use_sampling=False)
     engine.warm_up()
-    said = []
+    outputs = []
     for strength in (0.0, 1.0, 0.0):
         engine.set_strength(0, 0, strength)
-        said.append(talk(engine, 0, 0))
+        outputs.append(talk(engine, 0, 0))
     engine.close()
-    assert np.array_equal(said[0], said[2])
-    assert not np.array_equal(said[0], said[1])
+    assert np.array_equal(outputs[0], outputs[2])
+    assert not np.array_equal(outputs[0], outputs[1])

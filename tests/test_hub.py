@@ -12,7 +12,7 @@ from tests.doubles.hub import LocalHub
 
 @pytest.fixture(scope="module")
 def hub(prepared, tmp_path_factory):
-    """A Hub with the prepared table and what else a name can mean."""
+    """A Hub with the prepared table, and repositories that are gated, private or no table."""
     with LocalHub(tmp_path_factory.mktemp("hub")) as running, running.connected(tmp_path_factory.mktemp("home")):
         api = HfApi()
         for name in ("table", "gated", "private", "other"):
@@ -29,7 +29,7 @@ def hub(prepared, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def connected(hub, tmp_path, monkeypatch):
-    """A new cache, a user of the name `reader`."""
+    """An empty cache, and a user named `reader`."""
     for wait in ("base_wait_time", "max_wait_time"):
         monkeypatch.setitem(http_backoff.__kwdefaults__, wait, 0)
     monkeypatch.chdir(tmp_path)
@@ -38,18 +38,18 @@ def connected(hub, tmp_path, monkeypatch):
         yield running
 
 
-def test_a_folder_is_itself(prepared):
+def test_a_local_folder_is_returned_as_it_is(prepared):
     assert find_table(str(prepared)) == prepared
 
 
-def test_a_name_on_the_hub_is_the_table_and_nothing_else(prepared):
+def test_only_the_files_of_the_table_are_downloaded(prepared):
     found = find_table("user/table")
     files = {str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()}
     assert files == {str(path.relative_to(prepared)) for path in prepared.rglob("*") if path.is_file()}
     assert read_card_metadata(found) == read_card_metadata(prepared) and is_whole(found)
 
 
-def test_what_is_in_the_cache_needs_no_network(connected, monkeypatch):
+def test_a_cached_revision_needs_no_network(connected, monkeypatch):
     found = find_table("user/table", revision="v1")
     connected.fail_after(0)
     assert find_table("user/table", revision="v1") == found
@@ -62,7 +62,7 @@ def test_what_is_in_the_cache_needs_no_network(connected, monkeypatch):
     assert len(connected.requests) == num_requests
 
 
-def test_half_a_table_in_the_cache_is_not_taken_for_the_table(connected):
+def test_a_partly_cached_table_is_not_used(connected):
     found = find_table("user/table")
     shutil.rmtree(found / "data" / "test")
     connected.fail_after(0)
@@ -88,7 +88,7 @@ def test_half_a_table_in_the_cache_is_not_taken_for_the_table(connected):
         ("prepared/card.md", None, "is a file", "Name the folder"),
     ],
 )
-def test_names_that_lead_nowhere(tmp_path, name, revision, problem, remedy):
+def test_a_wrong_name_is_an_error_with_a_remedy(tmp_path, name, revision, problem, remedy):
     (tmp_path / "prepared" / "ravdess").mkdir(parents=True)
     (tmp_path / "prepared" / "card.md").touch()
     with pytest.raises(UserError) as error:
@@ -105,7 +105,7 @@ def test_names_that_lead_nowhere(tmp_path, name, revision, problem, remedy):
         ("hf_wrong", "user/table", "does not accept your token", "hf auth login"),
     ],
 )
-def test_who_is_not_logged_in_is_told_how(connected, tmp_path, token, name, problem, remedy):
+def test_without_a_valid_token_the_error_names_the_login(connected, tmp_path, token, name, problem, remedy):
     with connected.connected(tmp_path / "another home", token), pytest.raises(UserError) as error:
         find_table(name)
     assert problem in error.value.problem and remedy in error.value.remedy
@@ -113,7 +113,7 @@ def test_who_is_not_logged_in_is_told_how(connected, tmp_path, token, name, prob
 
 
 @pytest.mark.parametrize("status, problem", [(None, "cannot be reached"), (503, "HTTP 503"), (403, "may not do this")])
-def test_a_hub_that_is_down_is_named_as_such(connected, status, problem):
+def test_an_unreachable_or_failing_hub_is_named(connected, status, problem):
     connected.fail_after(0, status=status)
     with pytest.raises(UserError, match=problem):
         find_table("user/table")

@@ -9,7 +9,7 @@ def test_a_frame_is_eighty_milliseconds():
 
 
 @pytest.mark.parametrize(("time_s", "frame"), [(0.0, 0), (0.0799, 0), (0.08, 1), (0.24, 3), (0.56, 7), (79.99, 999)])
-def test_frame_at_is_the_frame_that_sounds(time_s, frame):
+def test_frame_at_is_the_frame_that_contains_a_time(time_s, frame):
     assert units.frame_at(time_s) == frame
 
 

@@ -1,4 +1,4 @@
-"""Tables of random codes: all that a mixture needs, without sound and in no time."""
+"""Tables of random codes, to test mixtures and training without audio."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORD_S = 0.4
 
 @dataclass(frozen=True)
 class RandomWindow:
-    """What is not random about a window."""
+    """The fixed facts of a window; its codes are random."""
 
     emotion: str | None
     num_frames: Frames = 25
@@ -55,13 +55,13 @@ def write_random_codes(
     features = WINDOW_FEATURES.copy()
     for column in without:
         del features[column]
-    cells: dict[tuple[str, str], list[tuple[int, RandomWindow]]] = {}
+    groups: dict[tuple[str, str], list[tuple[int, RandomWindow]]] = {}
     for number, window in enumerate(windows):
-        cells.setdefault((window.split, window.emotion or UNLABELLED), []).append((number, window))
+        groups.setdefault((window.split, window.emotion or UNLABELLED), []).append((number, window))
     num_rows: dict[str, int] = {}
-    for (split, cell), members in sorted(cells.items()):
+    for (split, emotion), members in sorted(groups.items()):
         num_rows[split] = num_rows.get(split, 0) + len(members)
-        with ShardWriter(out / "data" / split / shard_name(cell, 0, 1), features, compression="zstd") as writer:
+        with ShardWriter(out / "data" / split / shard_name(emotion, 0, 1), features, compression="zstd") as writer:
             for number, window in members:
                 codes = rng.integers(0, CARD, (2, num_codebooks, window.num_frames), dtype=np.int16)
                 writer.write(_row(f"{out.name}-{number:06d}", out.name, window, codes).drop_columns(list(without)))
@@ -77,7 +77,7 @@ def write_random_codes(
 
 
 def restate_sizes(table: Path) -> None:
-    """State in the card of a table what its files are now, after some were changed or removed."""
+    """Update the sizes in the card of a table after its files were changed or removed."""
     from huggingface_hub.repocard import metadata_load, metadata_save
 
     front = metadata_load(table / CARD_NAME) or {}
@@ -87,7 +87,7 @@ def restate_sizes(table: Path) -> None:
 
 
 def _row(id_: str, corpus: str, window: RandomWindow, codes: np.ndarray) -> pa.Table:
-    """Return a window in which the two voices take turns of 5 seconds, Moshi first."""
+    """Return a row in which the two channels take turns of 5 seconds, Moshi first."""
     duration_s = frames_to_seconds(window.num_frames)
     starts_s = np.arange(LEAD_IN_S, max(duration_s, LEAD_IN_S + WORD_S), TURN_S).tolist()
     turns: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""A true RAVDESS of synthetic clips: its names, grid, zips, chunks and every known defect, at any size.
+"""RAVDESS with synthetic clips: its file names, zips, RIFF chunks and known defects, at any size.
 
     from hf_csm.testing.ravdess import write_ravdess
     write_ravdess("raw", actors=(1, 2, 17, 21))      # raw/Audio_Speech_Actors_01-24.zip
@@ -62,20 +62,20 @@ def write_ravdess(
     defects: bool = True,
     seed: int = 0,
 ) -> Path:
-    """Write the chosen part of the grid and return `folder`.
+    """Write a part of the grid and return `folder`.
 
     Args:
         folder: is made.
         actors: 1 to 24; odd ones are men.
         speech: write the spoken clips.
-        song: write the sung clips, which know six emotions and no actor 18.
+        song: write the sung clips: six emotions, no actor 18.
         emotions: names, as in `EMOTIONS`.
         statements: 1 and 2.
         repetitions: 1 and 2.
         intensities: 1 normal, 2 strong; neutral is never strong.
-        layout: `zips` as published, or a folder people extract them to: `actors` (`Actor_01/`), `speech_root`
+        layout: `zips` as published, or a common way to extract them: `actors` (`Actor_01/`), `speech_root`
             (`Audio_Speech_Actors_01-24/Actor_01/`), `merged` (`Audio/Actor_01/`, speech and song together).
-        defects: the six stereo clips and the duplicate take of actor 7, as far as they are in the chosen part.
+        defects: the six stereo clips and the duplicate take of actor 7, where they are in the part.
         seed: of all clips.
     """
     folder = Path(folder)
@@ -173,14 +173,14 @@ def _clip(arguments: tuple[str, bool, int]) -> bytes:
 
 
 def _clips(names: list[str], defects: bool, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Yield names and wavs in order, made by all cores if there are many."""
+    """Yield names and wavs in order, made by a process per core if there are many."""
     arguments = [(name, defects, seed) for name in names]
     if len(names) < _FEWEST_FOR_PROCESSES:
         yield from zip(names, map(_clip, arguments), strict=True)
         return
     method = "fork" if os.name == "posix" and os.uname().sysname == "Linux" else "spawn"
     with ProcessPoolExecutor(mp_context=get_context(method)) as pool:
-        step = 240  # bounds what waits to be written
+        step = 240  # bounds the memory of wavs that are not yet written
         for first in range(0, len(names), step):
             wavs = pool.map(_clip, arguments[first : first + step], chunksize=8)
             yield from zip(names[first : first + step], wavs, strict=True)

@@ -1,8 +1,8 @@
-"""Speech-like clips without speech: pitch, rate and loudness follow speaker and emotion, and every word time is known.
+"""Synthetic clips that resemble speech: pitch, rate and loudness follow speaker and emotion; word times are exact.
 
 A harmonic source goes through one wavetable per vowel and voice (formants as a spectral envelope); consonants are
-noise, murmurs and closures. Words cannot be understood, but what aligners, pitch trackers, codecs and balance care
-about is there. Clips begin and end with quiet room noise, never with digital silence.
+noise, murmurs and closures. The words are not intelligible, but aligners, pitch trackers and codecs find structure as
+in speech. Clips begin and end with quiet room noise, never with digital silence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_csm.data.text import split_words
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker.
+    """The voice of a speaker.
 
     Attributes:
         f0_hz: pitch when neutral.
@@ -99,7 +99,7 @@ def synthesize(
     """Make a clip. The same arguments give the same samples.
 
     Args:
-        text: what is "said".
+        text: the words of the clip.
         speaker: a voice, or the number of one.
         emotion: a key of `STYLES`.
         intensity: low, medium or high: how far the emotion changes the voice.
@@ -201,8 +201,8 @@ def _wavetable(name: str, speaker: Voice, tilt_db: float) -> np.ndarray:
     hz = harmonics * speaker.f0_hz
     envelope = np.zeros(num_harmonics)
     for index, (formant, bandwidth) in enumerate(zip(_VOWELS[name], _BANDWIDTH_HZ, strict=True)):
-        centre = formant * speaker.formant_scale
-        envelope += 0.6**index / (1 + ((hz - centre) / bandwidth) ** 2)
+        center = formant * speaker.formant_scale
+        envelope += 0.6**index / (1 + ((hz - center) / bandwidth) ** 2)
     source = 10 ** ((-9 + tilt_db) * np.log2(harmonics) / 20)
     amplitude = (envelope + 0.02) * source
     phases = 2 * np.pi * np.outer(np.arange(_TABLE_SIZE) / _TABLE_SIZE, harmonics)

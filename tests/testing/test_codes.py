@@ -8,7 +8,7 @@ from hf_csm.hub import is_whole
 from hf_csm.testing.codes import RandomWindow, restate_sizes, write_random_codes
 
 
-def test_the_table_is_one_of_codes(tmp_path):
+def test_the_table_loads_as_a_table_of_codes(tmp_path):
     windows = [RandomWindow("sad", 100), RandomWindow(None, 30, "02", "validation", None)]
     folder = write_random_codes(tmp_path / "esd", windows, num_codebooks=4)
     assert read_card_metadata(folder)["stage"] == "codes"
@@ -21,7 +21,7 @@ def test_the_table_is_one_of_codes(tmp_path):
     assert (row["emotion"], row["language"], row["num_frames"]) == (None, None, 30)
 
 
-def test_a_table_is_whole_with_the_files_of_its_card_and_no_others(tmp_path):
+def test_a_table_is_whole_if_its_files_match_its_card(tmp_path):
     table = write_random_codes(tmp_path / "esd", [RandomWindow("sad", 5), RandomWindow("sad", 5, split="test")])
     (tmp_path / "empty").mkdir()
     empty = write_random_codes(tmp_path / "empty", [])

@@ -33,7 +33,7 @@ def test_a_file_is_48_khz_with_the_extra_chunks_and_about_as_large_as_the_real_o
     assert len(content) - 2 * info.frames == pytest.approx(53_000, abs=100)
 
 
-def test_the_defects_are_there_and_can_be_left_out():
+def test_defects_are_written_unless_left_out():
     name = min(STEREO)
     samples, _ = soundfile.read(io.BytesIO(clip_bytes(name)))
     assert samples.shape[1] == 2 and np.array_equal(samples[:, 0], samples[:, 1])
@@ -53,7 +53,7 @@ def test_the_zips_have_a_folder_for_every_actor_and_no_top_folder(tmp_path):
         assert len(archive.namelist()) == 4
 
 
-def test_known_words_are_where_the_sound_is():
+def test_known_words_cover_the_audible_part():
     name = "03-01-05-02-02-01-09"
     samples, sample_rate = soundfile.read(io.BytesIO(clip_bytes(name)))
     words = known_words(name)

@@ -32,7 +32,7 @@ def test_the_same_arguments_give_the_same_samples_and_another_seed_does_not():
 
 
 @pytest.mark.parametrize("emotion", STYLES)
-def test_words_are_ascending_inside_the_clip_and_where_the_sound_is(emotion):
+def test_words_are_in_order_and_cover_the_audible_part(emotion):
     samples, words = clip(emotion=emotion, intensity="high")
     assert [word["word"] for word in words] == TEXT.split()
     times = [time for word in words for time in (word["start_s"], word["end_s"])]
