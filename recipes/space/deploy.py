@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
+from huggingface_hub import HfApi, get_token, metadata_load, metadata_save
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from hf_csm.cli import run_command
 from hf_csm.errors import UserError
@@ -41,8 +43,6 @@ def deploy(repo_id: str, models: Sequence[str], *, private: bool = False, revisi
     Raises:
         UserError: the Space has other content, a model is not on the Hub, or the token has no write access.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-
     for name in (repo_id, *models):
         if name.count("/") != 1 or name.startswith(("/", ".", "~")):
             raise UserError(f"{name!r} is not the name of a Hub repository.", "Use USER/NAME, as in ann/moshi-happy.")
@@ -56,48 +56,45 @@ def deploy(repo_id: str, models: Sequence[str], *, private: bool = False, revisi
             "Run `hf auth login` with a token with write access, or set HF_TOKEN.",
         )
     api = HfApi()
-    shown = list(models)
+    links = list(models)
     for model in models:
         with hub_errors(f"{model}: "):
             card = api.model_info(model, revision=revision).card_data
         base = card.get("base_model") if card else None
-        shown += [base] if isinstance(base, str) else base or []
-    files = space_files(list(dict.fromkeys(shown)))
-    with hub_errors(f"{repo_id}: "):
-        present = _open_space(api, repo_id, private)
+        links += [base] if isinstance(base, str) else base or []
+    with tempfile.TemporaryDirectory() as folder, hub_errors(f"{repo_id}: "):
+        write_space(Path(folder), list(dict.fromkeys(links)))
+        _open_space(api, repo_id, private)
         # Before the upload, which starts the app.
-        wanted = {"HF_CSM_MODEL": shlex.join(models), "HF_CSM_REVISION": revision}
-        known = api.get_space_variables(repo_id)
-        for key, value in wanted.items():
+        variables = {"HF_CSM_MODEL": shlex.join(models), "HF_CSM_REVISION": revision}
+        present = api.get_space_variables(repo_id)
+        for key, value in variables.items():
             if value is not None:
                 api.add_space_variable(repo_id, key, value)
-            elif key in known:
+            elif key in present:
                 api.delete_space_variable(repo_id, key)
-        operations: list[Any] = [CommitOperationAdd(path, content) for path, content in files.items()]
-        stale = [path for path in present if path.split("/")[0] in PACKAGES and path not in files]
-        operations += [CommitOperationDelete(path) for path in stale]
-        api.create_commit(repo_id, operations, commit_message="Deploy hf-csm's app", repo_type="space")
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="space",
+            folder_path=folder,
+            commit_message="Deploy hf-csm's app",
+            delete_patterns=[f"{package}/*" for package in PACKAGES],
+        )
     return f"{api.endpoint}/spaces/{repo_id}"
 
 
-def space_files(models: Sequence[str]) -> dict[str, bytes]:
-    """Return path and content of the files of the Space; its README links to `models`."""
-    files = {name: (SPACE / name).read_bytes() for name in APP_FILES}
-    _, front, text = files["README.md"].decode().split("---\n", 2)
-    front = yaml.safe_dump(yaml.safe_load(front) | {"models": list(models)}, sort_keys=False, allow_unicode=True)
-    files["README.md"] = f"---\n{front}---\n{text}".encode()
+def write_space(folder: Path, models: Sequence[str]) -> None:
+    """Write the files of the Space to a folder; its README links to `models`."""
+    for name in APP_FILES:
+        shutil.copy(SPACE / name, folder)
+    readme = folder / "README.md"
+    metadata_save(readme, (metadata_load(readme) or {}) | {"models": list(models)})
     for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*")):
-            name = path.relative_to(ROOT)
-            if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in name.parts):
-                files[name.as_posix()] = path.read_bytes()
-    return files
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns(".*", "__pycache__"))
 
 
-def _open_space(api: Any, repo_id: str, private: bool) -> list[str]:
-    """Create the Space if missing, and return the names of its files."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
+def _open_space(api: HfApi, repo_id: str, private: bool) -> None:
+    """Create the Space if missing, and check that it may be overwritten."""
     try:
         info = api.space_info(repo_id)
     except RepositoryNotFoundError:
@@ -107,16 +104,15 @@ def _open_space(api: Any, repo_id: str, private: bool) -> list[str]:
         raise UserError(
             f"{repo_id}: exists and is public.", "Make it private in its settings, or choose another name."
         )
-    present = [sibling.rfilename for sibling in info.siblings]
+    present = [sibling.rfilename for sibling in info.siblings or []]
     is_new = set(present) <= {".gitattributes", "README.md"} and _has_default_readme(api, repo_id, present)
     if MARK not in present and not is_new:
         raise UserError(
             f"{repo_id}: the Space exists and has other content.", "Choose another name. Nothing was changed."
         )
-    return present
 
 
-def _has_default_readme(api: Any, repo_id: str, present: Sequence[str]) -> bool:
+def _has_default_readme(api: HfApi, repo_id: str, present: Sequence[str]) -> bool:
     """Whether the README of a Space is missing or generated by the Hub."""
     if "README.md" not in present:
         return True

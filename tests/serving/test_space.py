@@ -214,7 +214,10 @@ def test_only_sources_are_uploaded(monkeypatch, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     monkeypatch.setattr(deploy, "ROOT", tmp_path)
-    assert sorted(deploy.space_files([])) == [
+    out = tmp_path / "out"
+    out.mkdir()
+    deploy.write_space(out, [])
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()) == [
         "README.md",
         "app.py",
         "hf_csm/a.py",

@@ -291,7 +291,7 @@ def test_insecure_address_has_no_microphone(open_page, url):
 def test_page_behind_a_tunnel(open_page, serve):
     url = serve().url.replace("localhost", "moshi.localhost")  # a safe name, but not one of this machine's
     page = open_page(url, status="Not connected.", errors="403")
-    expect(page.locator("#problem")).to_contain_text(f"Start it with --allow-origin {url[:-1]}.")
+    expect(page.locator("#problem")).to_contain_text(f"--allow-origin {url[:-1]}.")
 
 
 REFUSALS = {"NotFoundError": "No microphone found.", "NotReadableError": "another program may be using it"}
