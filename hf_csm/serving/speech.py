@@ -186,7 +186,7 @@ def check_text(text: str) -> str:
         UserError: it contains no words.
     """
     try:
-        return normalize_text(text, "what to say")
+        return normalize_text(text, "the text")
     except UserError:
         raise UserError(f"The text {text!r} is empty.", "Give at least one word.") from None
 

@@ -89,7 +89,7 @@ class Server:
             self._listeners.append(
                 await create_server(self._connection, sock=listener, ssl=tls, ssl_handshake_timeout=handshake_s)
             )
-        self._janitor = asyncio.create_task(self._close_silent_connections())
+        self._idle_task = asyncio.create_task(self._close_idle_connections())
 
     async def stop(self) -> None:
         """End all sessions and stop listening."""
@@ -101,7 +101,7 @@ class Server:
             session.end(SERVER_STOPS)
         if tasks:
             await asyncio.wait(tasks, timeout=self.limits.closing_s + 1)
-        self._janitor.cancel()
+        self._idle_task.cancel()
         await self._runner.cleanup()
         await self.scheduler.stop()
 
@@ -125,17 +125,17 @@ class Server:
         options: dict[str, Any] = {"access_log": None, "keepalive_timeout": 75, "lingering_time": 1}
         return Connection(server, loop=asyncio.get_running_loop(), **options)
 
-    async def _close_silent_connections(self) -> None:
+    async def _close_idle_connections(self) -> None:
         """Close connections without a complete request: aiohttp has no timeout for request headers."""
-        silent_since: dict[object, float] = {}
+        idle_since: dict[object, float] = {}
         while True:
             await asyncio.sleep(self.limits.check_s)
             server, now_s = self._runner.server, time.monotonic()
             assert server is not None
-            silent = [connection for connection in server.connections if connection not in self._busy]
-            silent_since = {connection: silent_since.get(connection, now_s) for connection in silent}
-            for connection in silent:
-                if now_s - silent_since[connection] > self.limits.request_s:
+            idle = [connection for connection in server.connections if connection not in self._busy]
+            idle_since = {connection: idle_since.get(connection, now_s) for connection in idle}
+            for connection in idle:
+                if now_s - idle_since[connection] > self.limits.request_s:
                     connection.force_close()
 
     @web.middleware

@@ -136,7 +136,7 @@ def test_client_that_floods_pings_and_never_reads_is_dropped(fake_model, serving
 
 def test_client_that_does_not_answer_pings_is_dropped(fake_model, serving):
     async def test():
-        limits = Limits(**QUICK, heartbeat_s=2.0)
+        limits = Limits(**QUICK, heartbeat_s=4.0)
         async with serving(fake_model(2), limits) as served:
             line = raw_request(served)  # never answers pings
             async with served.connect(autoping=True) as quiet:  # answers pings, and sends nothing else
