@@ -60,6 +60,7 @@ def open_page(browser):
     def open_page(url, script=None, *, status="Ready.", errors=None, **options):
         page = browser.new_context(**{"permissions": ["microphone"], **options}).new_page()
         opened.append(page)
+        page.set_default_timeout(1000 * GUARD_S)
         page.on("pageerror", lambda error: logged.append(str(error)))
         page.on(
             "console",
