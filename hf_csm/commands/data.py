@@ -77,7 +77,7 @@ def add_data_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     manifest.add_argument("--out", type=Path, required=True, help="folder to write")
     _add_composition(manifest)
 
-    push = add_verb("push-dataset", _push_dataset, "Publish a table on the Hugging Face Hub, if its licence allows.")
+    push = add_verb("push-dataset", _push_dataset, "Publish a table on the Hugging Face Hub, if its license allows.")
     push.add_argument("folder", type=Path, help="folder that `hf-csm prepare` or `hf-csm encode` wrote")
     push.add_argument("--repo-id", required=True, help="USER/NAME on the Hub; made if it does not exist")
     push.add_argument("--private", action="store_true", help="make a new repository private")

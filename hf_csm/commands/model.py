@@ -45,7 +45,7 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     push.add_argument("--checkpoint-revision", metavar="REVISION", help="of a checkpoint that is on the Hub")
     push.add_argument("--base-model", metavar="USER/NAME", help="repository of a base that was trained on as a folder")
     push.add_argument(
-        "--license-of", nargs="+", default=[], metavar="CORPUS=ID", help="licence of a corpus that states none"
+        "--license-of", nargs="+", default=[], metavar="CORPUS=ID", help="license of a corpus without a stated license"
     )
     push.add_argument(
         "--terms-allow", nargs="+", default=[], metavar="CORPUS",

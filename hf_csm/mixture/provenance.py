@@ -1,6 +1,6 @@
-"""Whose speech an adapter learned from, and on what terms: written down when a run starts, for cards and licences.
+"""Training-data provenance: the corpora of a run and their terms, for model cards and license checks.
 
-What was trained goes further than the tables: `corpora.json` lies in the run's folder and travels with every export.
+Training writes `corpora.json` to the run's folder; it is copied into every export.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hf_csm.corpora import all_builders
 from hf_csm.data.labels import UNLABELLED
 from hf_csm.data.table import read_card_metadata, read_columns, split_files
 from hf_csm.errors import UserError
+from hf_csm.files import write_text_atomic
 from hf_csm.hub import find_table
 from hf_csm.mixture.windows import WindowTable, is_manifest
 from hf_csm.units import Seconds, frames_to_seconds
@@ -25,6 +26,8 @@ from hf_csm.units import Seconds, frames_to_seconds
 
 CORPORA_NAME = "corpora.json"
 UNSTATED = "unknown"
+UNSTATED_LICENSES = ("", "other", UNSTATED)
+"""License ids that state no terms."""
 _LICENSES = (
     "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 "
     "bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 "
@@ -36,9 +39,9 @@ _LICENSES = (
     "ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib"
 )
 LICENSES = frozenset(_LICENSES.split())
-"""Licence ids that a card on the Hub may state."""
+"""License ids of the Hub."""
 LANGUAGE = re.compile("[a-z]{2,3}")
-"""What the Hub takes for a language: an ISO 639-1, 639-2 or 639-3 code."""
+"""A language on a card of the Hub: an ISO 639-1, 639-2 or 639-3 code."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,18 @@ class CorpusTerms:
 
     Attributes:
         corpus: its name in the rows.
-        title: what people call it.
-        license: licence id of the Hub, in lower case; `unknown` if nobody stated one.
-        notice: authors to name and terms to repeat.
-        homepage: where it comes from.
-        not_to_be_published: why its audio, codes, texts and labels may not be passed on; null if they may.
-        table: dataset on the Hub; null for a folder, whose place is nobody's business.
+        title: full name.
+        license: license id of the Hub, in lower case; `unknown` if not stated.
+        notice: attribution and terms to repeat.
+        homepage: URL of the corpus.
+        not_to_be_published: why its audio, codes, texts and labels may not be distributed; null if they may.
+        table: dataset on the Hub; null for a local folder, whose path is private.
         revision: of that dataset.
-        replay: whether these are dialogues mixed in to keep what the model could do before.
-        num_windows: to train on, after the filters.
+        replay: ordinary dialogues, mixed in against forgetting.
+        num_windows: training windows after the filters.
         duration_s: of these windows.
-        emotions: windows by emotion; `unlabelled` for those without.
-        languages: of these windows, as far as the table says.
+        emotions: number of windows by emotion; `unlabelled` for those without.
+        languages: of these windows, where the table has them.
     """
 
     corpus: str
@@ -76,21 +79,21 @@ class CorpusTerms:
     languages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "license", licence_id(self.license) or UNSTATED)
+        object.__setattr__(self, "license", license_id(self.license) or UNSTATED)
 
 
-def licence_id(stated: object) -> str:
-    """Return what a card or a file states as licence in lower case; several, in a list, with commas between."""
+def license_id(stated: object) -> str:
+    """Return the license field of a card or file in lower case; a list is joined by commas."""
     return ", ".join(map(str, stated)).lower() if isinstance(stated, list) else str(stated or "").strip().lower()
 
 
 def corpora_of(config: DatasetConfig) -> list[CorpusTerms]:
-    """Return the terms of the tables that a run would train on, without counts.
+    """Return the terms of the tables in a run's configuration, without counts.
 
-    A manifest that is not encoded yet is of the corpus that the card beside it names, if there is one.
+    A manifest that is not encoded yet has the corpus of the card beside it, if there is one.
 
     Raises:
-        UserError: a table is missing or not ours.
+        UserError: a table is missing or not an hf-csm table.
     """
     replay = config.replay.manifest_path if config.replay and config.replay.fraction else None
     named = [(source.path, source.revision, False) for source in config.training_sources()]
@@ -107,7 +110,7 @@ def corpora_of(config: DatasetConfig) -> list[CorpusTerms]:
 
 
 def count_windows(corpora: Sequence[CorpusTerms], table: WindowTable) -> list[CorpusTerms]:
-    """Return the same with the windows of `table`, which was opened for the same configuration."""
+    """Return the terms with the counts of `table`, opened for the same configuration."""
     rows: dict[tuple[str, bool], list[int]] = {}
     for is_replay, groups in ((False, table.groups(["corpus"])), (True, [table.replay_group()])):
         for row in (int(row) for group in groups for row in group.rows):
@@ -115,7 +118,7 @@ def count_windows(corpora: Sequence[CorpusTerms], table: WindowTable) -> list[Co
     known = {(terms.corpus, terms.replay): terms for terms in reversed(corpora)}
     counted = []
     for key, own in rows.items():
-        # A manifest is named when it is encoded; nobody has stated a licence for what no card told of before.
+        # The corpus of a manifest is known only after encoding; no card states its license.
         terms = known.get(key) or CorpusTerms(key[0], key[0], UNSTATED, replay=key[1])
         emotions = Counter(table.emotions[row] or UNLABELLED for row in own)
         counted.append(
@@ -131,7 +134,7 @@ def count_windows(corpora: Sequence[CorpusTerms], table: WindowTable) -> list[Co
 
 
 def with_earlier(corpora: Sequence[CorpusTerms], run_dir: Path) -> list[CorpusTerms]:
-    """Add what the run in `run_dir` has trained on so far, which a run that goes on from it keeps in its weights."""
+    """Add the corpora that the run in `run_dir` has trained on so far, for a run that resumes from it."""
     if not (run_dir / CORPORA_NAME).is_file():
         return list(corpora)
     names = {(terms.corpus, terms.replay) for terms in corpora}
@@ -139,16 +142,12 @@ def with_earlier(corpora: Sequence[CorpusTerms], run_dir: Path) -> list[CorpusTe
 
 
 def write_corpora(corpora: Sequence[CorpusTerms], folder: Path) -> None:
-    """Write `corpora.json`, whole or not at all."""
-    part = folder / f".{CORPORA_NAME}.tmp"
-    part.write_text(json.dumps([asdict(terms) for terms in corpora], indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / CORPORA_NAME)
+    """Write `corpora.json` atomically."""
+    write_text_atomic(folder / CORPORA_NAME, json.dumps([asdict(terms) for terms in corpora], indent=2) + "\n")
 
 
 def read_corpora(folder: Path) -> list[CorpusTerms]:
-    """Return what `write_corpora` wrote.
-
-    What this version knows of a corpus counts more than a file that anybody can edit.
+    """Read `corpora.json`. For corpora with a builder, the builder's terms override the file, which may be edited.
 
     Raises:
         UserError: there is no such file, or it is damaged.
@@ -162,7 +161,7 @@ def read_corpora(folder: Path) -> list[CorpusTerms]:
             _check_types(terms)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read: it says what the adapter was trained on ({type(error).__name__}).",
+            f"{path}, the record of the training data, cannot be read ({type(error).__name__}).",
             "Training writes it; resume the run with --resume-from-checkpoint latest, or copy the whole run folder.",
         ) from error
     builders = {builder.NAME: builder for builder in all_builders()}
@@ -170,7 +169,7 @@ def read_corpora(folder: Path) -> list[CorpusTerms]:
 
 
 def _check_types(terms: CorpusTerms) -> None:
-    """Raise what a wrong type raises, for a file that may come from anybody."""
+    """Raise `TypeError` for a field of a wrong type: the file may come from the Hub."""
     optional = (terms.not_to_be_published, terms.table, terms.revision)
     texts = (terms.corpus, terms.title, terms.license, terms.notice, terms.homepage, *terms.emotions, *terms.languages)
     numbers = (terms.num_windows, terms.duration_s, *terms.emotions.values())
@@ -181,7 +180,7 @@ def _check_types(terms: CorpusTerms) -> None:
 
 
 def _terms_in(folder: Path, fallback: str) -> list[CorpusTerms]:
-    """Return the terms of each corpus that the card or the rows of a table name."""
+    """Return the terms of each corpus named by the card or the rows of a table."""
     try:
         card = read_card_metadata(folder)
     except UserError:
@@ -196,10 +195,10 @@ def _terms_in(folder: Path, fallback: str) -> list[CorpusTerms]:
     of_card = CorpusTerms(
         str(card["corpus"]),
         str(card.get("title", card["corpus"])),
-        UNSTATED if card.get("license") in (None, "", "other") else licence_id(card["license"]),
+        UNSTATED if license_id(card.get("license")) in UNSTATED_LICENSES else license_id(card["license"]),
         str(card.get("notice", "")),
     )
-    for name in (str(card["corpus"]), str(card.get("builder"))):  # a name that was edited does not make a corpus free
+    for name in (str(card["corpus"]), str(card.get("builder"))):  # renaming must not bypass the license
         of_card = replace(of_card, not_to_be_published=_with_builder(of_card, builders.get(name)).not_to_be_published)
     return [
         _with_builder(replace(of_card, corpus=name, languages=sorted(spoken.get(name, ()))), builders.get(name))
@@ -208,7 +207,7 @@ def _terms_in(folder: Path, fallback: str) -> list[CorpusTerms]:
 
 
 def _with_builder(terms: CorpusTerms, builder: Any) -> CorpusTerms:
-    if builder is None or not isinstance(builder.LICENSE, str):  # a corpus of the user's own states its terms itself
+    if builder is None or not isinstance(builder.LICENSE, str):  # the user's own corpus
         return terms
     reason = terms.not_to_be_published or builder.NOT_TO_BE_PUBLISHED
     return replace(

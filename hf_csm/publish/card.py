@@ -1,11 +1,7 @@
-"""The model card of an adapter, or of a model merged with it. What it says is read from what lies beside it.
+"""The model card of an adapter or a merged model: facts from the files beside it, rendered by model_card.md.jinja.
 
-    corpora = with_stated(read_corpora(folder), stated)                  # licences.py
-    check_licences(corpora, repo_id, private=private, cleared=cleared)   # licences.py
-    write_card(facts_of(folder, repo_id, corpora, base_model=..., merged=...), folder)
-
-The folder is what will be on the Hub: emotions.json, and as far as they are there config.yaml, metrics.jsonl,
-loss.png, samples/ and the results of measures (`MEASURES`). What is not there is said to be missing.
+The folder is what will be on the Hub: emotions.json and, where present, config.yaml, metrics.jsonl, loss.png, samples/
+and the results of measures (`MEASURES`). The card states what is missing.
 """
 
 from __future__ import annotations
@@ -20,36 +16,68 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hf_csm import __version__
 from hf_csm.errors import UserError
+from hf_csm.files import read_json, read_yaml, write_text_atomic
 from hf_csm.mixture.provenance import CorpusTerms
 from hf_csm.models.emotion_control import EmotionControl, read_emotion_control
-from hf_csm.publish.card_text import LOSSES, MEASURES, body
-from hf_csm.publish.licenses import LICENCE_FILE, Licence, licence_of, licence_text, slug
+from hf_csm.publish.licenses import (
+    LICENSE_FILE,
+    License,
+    base_terms,
+    license_of,
+    license_text,
+    meaning,
+    slug,
+)
 
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 CARD_NAME = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 PIPELINE_TAG = "audio-to-audio"
-"""The Hub's task for speech in, speech out."""
+MEASURES = {
+    "health": "Health of free-running speech: speech rate, pauses, response times",
+    "expressivity": "Expressivity: the requested emotion, by recognizers and in pitch and loudness",
+    "listening": "A listening test with people",
+    "speed": "Real time on a GPU",
+}
+"""Possible measures: `<name>.json`, an object of numbers, holds the results of one."""
+LOSSES = {
+    "loss": "all targets, weighted as in training",
+    "text_words": "text: words",
+    "text_padding": "text: padding",
+    "codebook_0": "codebook 0 (semantic)",
+    "codebooks_rest": "the other codebooks",
+}
+_SETTINGS = (
+    ("training", "max_steps", "gradient_accumulation_steps", "max_grad_norm"),
+    ("dataset", "duration_sec", "batch_size", "control", "prefix_dropout", "emotions", "languages"),
+    ("lora", "rank", "alpha", "dropout", "target_modules"),
+    ("optimizer", "name", "lr", "weight_decay", "betas"),
+    ("scheduler", "num_warmup_steps", "min_lr_ratio"),
+    ("loss", "text_weight", "text_padding_weight", "first_codebook_weight", "other_codebooks_weight"),
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+COPY_AGAIN = "Copy it again from where the run was trained."
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says.
+    """The content of a card.
 
     Attributes:
-        repo_id: of the model that the card is of.
-        base_model: repository of the base; anything else is not named, since it is a place on somebody's machine.
-        merged: whether the repository holds whole weights instead of an adapter.
-        corpora: that were trained on; empty if that is not known.
-        options: of the run, as in config.yaml; empty if they are not known.
+        repo_id: of the model.
+        base_model: Hub repository of the base; None for a local folder, whose path is private.
+        merged: the repository holds merged weights instead of an adapter.
+        corpora: training data; empty if not known.
+        options: of the run, as in config.yaml; empty if not known.
         metrics: lines of metrics.jsonl up to the step of the checkpoint.
-        measured: results by the names of `MEASURES`, as far as there are some.
+        measured: results by measure (`MEASURES`).
         samples: paths of clips in the repository.
-        has_plot: whether the curve of the loss is in the repository.
+        has_plot: loss.png is in the repository.
     """
 
     repo_id: str
@@ -59,7 +87,7 @@ class CardFacts:
     merged: bool
     control: EmotionControl
     corpora: tuple[CorpusTerms, ...]
-    licence: Licence
+    license: License
     options: dict[str, Any] = field(default_factory=dict)
     metrics: tuple[dict[str, float], ...] = ()
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -82,21 +110,22 @@ def facts_of(
     base_license: str | None = None,
     merged: bool = False,
 ) -> CardFacts:
-    """Read from a folder what a card of it says.
+    """Gather the facts of a card from the files in `folder`.
 
     Args:
-        repo_id: `user/name` that it will have.
-        corpora: that were trained on, with the licences that the user has stated; none if they are not known.
-        base_model: repository of the base; the card names nothing else, since that would be a place on a machine.
-        base_license: that the card of the base model states, several with commas between.
-        merged: whether whole weights are in the folder instead of an adapter.
+        repo_id: `user/name` of the model.
+        corpora: training data, with the licenses that the user has given; empty if not known.
+        base_model: Hub repository of the base; a local path does not get into the card.
+        base_license: on the base model's card; several are joined by commas.
+        merged: the folder holds merged weights instead of an adapter.
 
     Raises:
         UserError: one of the files is damaged.
     """
     folder = Path(folder)
     control = read_emotion_control(folder)
-    metrics = _read_metrics(folder / "metrics.jsonl", control.step)
+    metrics = read_numbers(folder / "metrics.jsonl")
+    config = folder / "config.yaml"
     is_on_hub = base_model is not None and _HUB_ID.fullmatch(base_model) is not None
     return CardFacts(
         repo_id=repo_id,
@@ -106,11 +135,11 @@ def facts_of(
         merged=merged,
         control=control,
         corpora=tuple(corpora),
-        licence=licence_of(corpora, base_license),
-        options=_read_options(folder / "config.yaml"),
-        metrics=metrics,
+        license=license_of(corpora, base_license),
+        options=read_yaml(config, COPY_AGAIN) if config.is_file() else {},
+        metrics=tuple(line for line in metrics if control.step is None or line["step"] <= control.step),
         measured={
-            name: _read_results(folder / f"{name}.json") for name in MEASURES if (folder / f"{name}.json").is_file()
+            name: read_results(folder / f"{name}.json") for name in MEASURES if (folder / f"{name}.json").is_file()
         },
         samples=tuple(sorted(path.relative_to(folder).as_posix() for path in folder.glob("samples/**/*.wav"))),
         has_plot=(folder / "loss.png").is_file(),
@@ -118,60 +147,76 @@ def facts_of(
 
 
 def model_card(facts: CardFacts) -> str:
-    """Return the card: metadata as the Hub knows them, and Markdown."""
-    return f"---\n{card_data(facts).to_yaml()}\n---\n\n{body(facts)}"
+    """Render the card: the Hub's metadata, and Markdown."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["cell"] = _cell
+    sources = (*facts.corpora, *base_terms(facts.base_model or "", facts.base_license))
+    emotions = facts.control.emotions
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        facts=facts,
+        metadata=card_data(facts).to_yaml(),
+        version=__version__,
+        # An emotion for the examples: an audible one.
+        example="happy" if "happy" in emotions else next((name for name in emotions if name != "neutral"), None),
+        meaning=meaning,
+        noncommercial=list(dict.fromkeys(terms.title.strip() for terms in sources if "-nc" in terms.license)),
+        settings=_settings(facts.options),
+        losses=LOSSES,
+        measures=MEASURES,
+        missing=[title for name, title in MEASURES.items() if not facts.measured.get(name)],
+        has_base_samples=any(Path(path).name.startswith("base_") for path in facts.samples),
+    )
 
 
 def write_card(facts: CardFacts, folder: Path) -> list[str]:
-    """Write README.md, and LICENSE.md if no licence of the Hub describes the model; return the names written."""
+    """Write README.md, and LICENSE.md if no license id of the Hub describes the model; return the names written."""
     texts = {CARD_NAME: model_card(facts)}
-    if facts.licence.link == LICENCE_FILE:
+    if facts.license.link == LICENSE_FILE:
         base = facts.base_model or "the base model"
-        texts[LICENCE_FILE] = licence_text(facts.corpora, facts.licence, base, facts.base_license)
+        texts[LICENSE_FILE] = license_text(facts.corpora, facts.license, base, facts.base_license)
     for name, text in texts.items():
-        part = Path(folder) / f".{name}.tmp"
-        part.write_text(text, encoding="utf-8")
-        part.replace(Path(folder) / name)
+        write_text_atomic(Path(folder) / name, text)
     return list(texts)
 
 
 def card_data(facts: CardFacts) -> ModelCardData:
-    """Return the metadata: what the Hub finds the model by, and shows beside it."""
+    """Return the card's metadata, by which the Hub indexes the model."""
     from huggingface_hub import ModelCardData
 
     languages = {"en"}.union(*(terms.languages for terms in facts.corpora))  # the base speaks English
     emotions = [emotion.replace(" ", "-") for emotion in facts.control.emotions]
-    results = _eval_results(facts)
     return ModelCardData(
         language=sorted(languages),
-        license=facts.licence.id,
-        license_name=facts.licence.name,
-        license_link=facts.licence.link,
+        license=facts.license.id,
+        license_name=facts.license.name,
+        license_link=facts.license.link,
         library_name="moshi" if facts.merged else "peft",
         pipeline_tag=PIPELINE_TAG,
         base_model=facts.base_model,
-        # A merge, on the Hub, is of several models; weights with their adapter in them are a finetune.
+        # On the Hub, "merge" means several models; weights with an adapter merged in are a finetune.
         base_model_relation=None if facts.base_model is None else "finetune" if facts.merged else "adapter",
         datasets=sorted({terms.table for terms in facts.corpora if terms.table}) or None,
         tags=["moshi", "speech", "emotion", "full-duplex", *([] if facts.merged else ["lora"]), "hf-csm", *emotions],
         model_name=facts.repo_id.partition("/")[2],
-        eval_results=results or None,
+        eval_results=_eval_results(facts) or None,
     )
 
 
 def _eval_results(facts: CardFacts) -> list[Any]:
     from huggingface_hub import EvalResult
 
-    if not facts.evaluation:
-        return []
-    tables = {terms.table or slug(terms.corpus) for terms in facts.corpora if not terms.replay}
-    table = tables.pop() if len(tables) == 1 else "mixture"
-    titles = ", ".join(dict.fromkeys(terms.title for terms in facts.corpora if not terms.replay)) or "unknown"
+    trained_on = [terms for terms in facts.corpora if not terms.replay]
+    tables = {terms.table or slug(terms.corpus) for terms in trained_on}
+    titles = ", ".join(dict.fromkeys(terms.title for terms in trained_on)) or "unknown"
     return [
         EvalResult(
             task_type=PIPELINE_TAG,
             task_name="Spoken dialogue",
-            dataset_type=table,
+            dataset_type=tables.copy().pop() if len(tables) == 1 else "mixture",
             dataset_name=f"{' '.join(titles.split())}, validation split",
             dataset_split="validation",
             metric_type="loss",
@@ -183,20 +228,22 @@ def _eval_results(facts: CardFacts) -> list[Any]:
     ]
 
 
-def _read_options(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(options, dict):
-        raise _damaged(path, TypeError("no options"))
-    return options
+def _settings(options: dict[str, Any]) -> str:
+    """Return the main options as YAML; an empty text if there are none."""
+    settings = {}
+    for group, *names in _SETTINGS:
+        values = options.get(group) or {}
+        settings[group] = {name: values[name] for name in names if values.get(name) is not None}
+    found = {group: values for group, values in settings.items() if values}
+    return yaml.safe_dump(found, sort_keys=False) if found else ""
 
 
-def _read_metrics(path: Path, step: int | None) -> tuple[dict[str, float], ...]:
-    """Return the lines up to `step`; a last one that was cut short is left out."""
+def read_numbers(path: Path) -> list[dict[str, float]]:
+    """Return the numbers in each line of a metrics.jsonl; empty if there is none. A truncated last line is dropped.
+
+    Raises:
+        UserError: a line is no object with a step.
+    """
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -204,27 +251,20 @@ def _read_metrics(path: Path, step: int | None) -> tuple[dict[str, float], ...]:
         except ValueError:
             break
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise _damaged(path, TypeError(f"a line is {text[:80]}"))
-        if step is None or line["step"] <= step:
-            lines.append({key: value for key, value in line.items() if _is_number(value)})
-    return tuple(lines)
+            raise UserError(f"{path} is damaged: no step in {text[:80]!r}.", COPY_AGAIN)
+        lines.append({key: value for key, value in line.items() if _is_number(value)})
+    return lines
 
 
-def _read_results(path: Path) -> dict[str, float]:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(path, error) from error
-    if not isinstance(results, dict):
-        raise _damaged(path, TypeError("not a JSON object"))
-    return {str(key): value for key, value in results.items() if isinstance(value, bool) or _is_number(value)}
+def read_results(path: Path) -> dict[str, float]:
+    """Return the numbers in the JSON file of a measure."""
+    return {key: value for key, value in read_json(path, COPY_AGAIN).items() if _is_number(value)}
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path} is damaged: {' '.join(str(error).split())[:200]}.", "Copy it again from where the run was trained."
-    )
+def _cell(text: str) -> str:
+    """Return text that stays in its line and table cell, whatever it contains."""
+    return re.sub(r"([|<>`*\[\]])", r"\\\1", " ".join(str(text).split()))

@@ -50,16 +50,15 @@ def export_checkpoint(
     Args:
         checkpoint: `checkpoint_000500/`, whose `adapter/` holds the PEFT adapter and names the base model, a folder
             with such an adapter in it, or a Hub repository of one.
-        out: gets the PEFT adapter and moshi's files for it, or with `merged` the merged weights; also what emotions
-            it knows (`emotions.json`), whose speech it learned from (`corpora.json`), the run's options, metrics and
-            samples, as far as they are there.
+        out: folder for the PEFT adapter and moshi's files for it, or with `merged` the merged weights, with
+            `emotions.json`, `corpora.json`, and the run's options, metrics and samples if there are any.
         revision: of the Hub repository.
         device: on which the trained model and its export are compared.
         dtype: in which they are compared.
 
     Raises:
-        UserError: a file is missing or cut short, or the base cannot be had, or `out` holds something else.
-        ExportError: the export is not the trained model.
+        UserError: a file is missing or truncated, the base is not available, or `out` holds something else.
+        ExportError: the export differs from the trained model.
     """
     folder = find_folder(checkpoint, revision, weights=False, also=(ADAPTER_WEIGHTS_NAME, *RUN_FILES))
     adapter = find_adapter(folder, str(checkpoint))
@@ -79,7 +78,7 @@ def export_checkpoint(
         control = dataclasses.replace(control, base_model=base.name_or_path, base_revision=base.revision)
         write_emotion_control(control, beside)
         run_dir = run_folder(folder)
-        corpora = read_corpora(run_dir) if (run_dir / CORPORA_NAME).is_file() else []  # runs of before have none
+        corpora = read_corpora(run_dir) if (run_dir / CORPORA_NAME).is_file() else []  # older runs have none
         base_model = None if base.is_local else base.name_or_path
         copy_run_files(folder, beside, corpora=corpora, base_model=base_model)
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from hf_csm.errors import UserError
+from hf_csm.files import read_json, write_text_atomic
 from hf_csm.hub import hub_errors
 from hf_csm.mixture.provenance import CORPORA_NAME, CorpusTerms, read_corpora
 from hf_csm.models.emotion_control import read_emotion_control, write_emotion_control
-from hf_csm.models.moshi.checkpoint import CONSOLIDATED_NAME, LORA_KEYS, find_checkpoint
+from hf_csm.models.moshi.checkpoint import CONSOLIDATED_NAME, find_checkpoint, without_lora
 from hf_csm.models.moshi.export import LORA_NAME, check_adapter, named_base
 from hf_csm.models.moshi.lora import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_adapter
 from hf_csm.models.moshi.merge import WEIGHTS_NAME, check_loadable, merge_adapter
 from hf_csm.models.moshi.pull import CONFIG_NAME, EMOTIONS_NAME, find_folder
 from hf_csm.models.moshi.verify import verify_export
 from hf_csm.publish.card import CARD_NAME, facts_of, write_card
-from hf_csm.publish.licenses import LICENCE_FILE, base_terms, check_card_values, check_licences, with_stated
+from hf_csm.publish.licenses import LICENSE_FILE, base_terms, check_card_values, check_licenses, with_stated
 from hf_csm.publish.resolve_base import HubBase, find_base
 from hf_csm.publish.run_artifacts import RUN_FILES, SAMPLES_NAME, copy_run_files, run_folder
 from hf_csm.publish.upload import Target, check_may_write, log_in, open_repository, send_files
@@ -38,23 +40,24 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 ADAPTER_FILES = (LORA_NAME, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
-MODEL_FILES = (CARD_NAME, LICENCE_FILE, CONFIG_NAME, EMOTIONS_NAME, WEIGHTS_NAME, *ADAPTER_FILES)
+MODEL_FILES = (CARD_NAME, LICENSE_FILE, CONFIG_NAME, EMOTIONS_NAME, WEIGHTS_NAME, *ADAPTER_FILES)
 PATTERNS = (*MODEL_FILES, *RUN_FILES, f"{SAMPLES_NAME}/*.wav")
-"""Of what is ours in a model's repository; `*` takes subfolders too."""
-CACHED = "snapshots"
-"""Folder in which the Hub's cache has the commits of a repository; nothing else belongs there."""
+"""Files of hf-csm in a model repository; `*` includes subfolders."""
+HUB_CACHE_NAME = "snapshots"
+"""Folder of the Hub's cache that holds the commits of a repository."""
+EXPORT_AGAIN = "Export the checkpoint again."
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint or an export has.
+    """The files of a checkpoint or an export.
 
     Attributes:
-        folder: as it was given, links followed.
+        folder: the given folder, links resolved.
         native: folder with moshi's config.json and weights.
         adapter: folder of the PEFT adapter; None for merged weights.
         base: name or path of the base model.
-        base_revision: of it, if one was asked for.
+        base_revision: of the base model, if one was given.
     """
 
     folder: Path
@@ -79,37 +82,39 @@ def push_model(
 ) -> str:
     """Upload a trained adapter with card, metrics and samples in one commit, and return its address.
 
-    `python -m moshi.server --hf-repo user/name` serves it, PEFT loads it. Run again after an interruption, it sends
-    only what has not arrived. What the repository has besides files of these names stays.
+    `python -m moshi.server --hf-repo user/name` serves it, PEFT loads it. The model is verified first, see
+    `verify_export`. After an interruption, another run sends only the missing files. Other files in the
+    repository stay.
 
     Args:
         checkpoint: of a run, a folder that `hf-csm export` wrote, or a repository on the Hub that was pushed before,
             whose samples are not copied.
-        repo_id: `user/name`; made if it does not exist.
-        merged: send the weights of the whole model with the adapter merged in, instead of the adapter.
-        private: whether a repository that is made is private; one that exists has to be so already.
-        revision: branch to push to, made if it does not exist; the main one by default.
+        repo_id: `user/name`; created if missing.
+        merged: push merged weights instead of the adapter.
+        private: create the repository as private; an existing one must be private.
+        revision: branch to push to, created if missing (default: the main branch).
         checkpoint_revision: branch, tag or commit of a `checkpoint` on the Hub.
-        base_model: repository that has the same base model, where that was trained on as a local folder.
-        stated: licence id of the Hub by corpus, for corpora whose licence nobody has stated.
+        base_model: repository with the same base model, if training used a local folder.
+        stated: license id of the Hub by corpus, for corpora without a stated license.
         cleared: corpora whose terms, which the user has signed, allow publishing such models.
         device: on which the trained model and what is pushed are compared.
 
     Raises:
-        UserError: a licence forbids it, nobody else could load it, a file is damaged, the repository holds something
-            else, or the Hub cannot be reached, does not know the user or does not let him write.
+        UserError: a license forbids it, the base model is not on the Hub, a file is damaged, the repository holds
+            something else, or the Hub cannot be reached or refuses the user.
+        ExportError: the model loaded back differs from the trained one.
     """
     wanted = (ADAPTER_WEIGHTS_NAME, *RUN_FILES)
     trained = read_trained(find_folder(checkpoint, checkpoint_revision, also=wanted))
     is_merged = merged or trained.adapter is None
     api = log_in(repo_id, "ann/moshiko-happy")
     corpora = with_stated(_read_terms(run_folder(trained.folder)), stated or {})
-    config = read_json(trained.native / CONFIG_NAME)
+    config = read_json(trained.native / CONFIG_NAME, EXPORT_AGAIN)
     if trained.adapter is not None:
         check_adapter(trained.native, trained.adapter)
     base = find_base(api, config, trained.base, trained.base_revision, base_model, merged=is_merged)
     terms = base_terms(base.repo_id, base.license)
-    check_licences(corpora, repo_id, private=private, cleared=cleared, base=terms)
+    check_licenses(corpora, repo_id, private=private, cleared=cleared, base=terms)
     check_card_values(corpora, repo_id)
     target = Target(repo_id, "model", PATTERNS, private, revision)
     with hub_errors(f"{repo_id}: "):
@@ -135,10 +140,10 @@ def push_model(
 
 
 def read_trained(checkpoint: Path) -> Trained:
-    """Return what there is to push.
+    """Find the files to push.
 
     Raises:
-        UserError: it is neither a checkpoint nor an export, or does not say what it was trained on.
+        UserError: it is neither a checkpoint nor an export, or does not name its base model.
     """
     folder = checkpoint.expanduser().resolve()
     for adapter, native in ((folder / "adapter", folder / CONSOLIDATED_NAME), (folder, folder)):
@@ -156,12 +161,12 @@ def read_trained(checkpoint: Path) -> Trained:
 
 
 def _read_terms(run: Path) -> list[CorpusTerms]:
-    """Return the corpora that a run was trained on; nothing for runs of before, which did not write them down."""
+    """Return the corpora that a run was trained on; empty for older runs, which did not record them."""
     return read_corpora(run) if (run / CORPORA_NAME).is_file() else []
 
 
 def check_same_model(repo_id: str, base: str, merged: bool, api: HfApi, revision: str | None, names: set[str]) -> None:
-    """Raise if the repository has anything but an earlier push of an adapter, or a merged model, of the same base."""
+    """Raise unless the repository holds an earlier push of the same kind, adapter or merged, for the same base."""
     found: dict[str, Any] = {}
     if EMOTIONS_NAME in names:
         with tempfile.TemporaryDirectory() as beside, contextlib.suppress(ValueError):
@@ -182,61 +187,39 @@ def check_same_model(repo_id: str, base: str, merged: bool, api: HfApi, revision
 
 @contextlib.contextmanager
 def staging_folder(checkpoint: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `checkpoint`, which goes at the end; one that a killed push left is emptied first.
+    """Yield an empty folder beside `checkpoint`, removed at the end; leftovers of a killed push are removed first.
 
-    Where nothing can be written there, and for what is in the Hub's cache, it is a new one among the temporary files.
+    If nothing can be written there, and for the Hub's cache, it is a temporary folder.
 
     Raises:
-        UserError: another process pushes the same checkpoint, or something else has the folder's name.
+        UserError: another process pushes the same checkpoint, or the folder's name is taken.
     """
-    if not os.access(checkpoint.parent, os.W_OK) or checkpoint.parent.name == CACHED:
+    if not os.access(checkpoint.parent, os.W_OK) or checkpoint.parent.name == HUB_CACHE_NAME:
         with tempfile.TemporaryDirectory(prefix="hf-csm-push-") as new:
             yield Path(new)
         return
     folder = checkpoint.parent / f".{checkpoint.name}.push"
-    handle = _lock(folder, checkpoint)
+    key = hashlib.sha256(f"{os.getuid()} {folder}".encode()).hexdigest()[:16]
     try:
-        _empty(folder)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
-
-
-def _lock(folder: Path, checkpoint: Path) -> int:
-    """Make the folder if need be, and return a handle that holds its lock, which goes with the process."""
-    while True:
-        with contextlib.suppress(FileExistsError):
+        # Outside the folder, so that removing the folder does not remove a lock that another process waits for.
+        lock = FileLock(Path(tempfile.gettempdir(), f"hf-csm-push-{key}.lock")).acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{checkpoint} is being pushed by another process.", "Wait until that is done.") from error
+    with lock:
+        try:
+            if folder.is_dir():
+                if folder.stat().st_uid != os.getuid():
+                    raise PermissionError
+                shutil.rmtree(folder)  # an error for a link
             folder.mkdir()
-        try:
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:  # a push that ends has just removed it
-            continue
         except OSError as error:
-            raise _in_the_way(folder) from error
+            raise UserError(
+                f"{folder} is a link, a file or another user's, so it is not used.", "Remove it and push again."
+            ) from error
         try:
-            if os.fstat(handle).st_uid != os.getuid():
-                raise _in_the_way(folder)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.lstat(folder)):
-                    return handle
-        except BlockingIOError as error:
-            os.close(handle)
-            raise UserError(f"{checkpoint} is being pushed by another process.", "Wait until that is done.") from error
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # of a folder that was removed before it was locked
-
-
-def _in_the_way(folder: Path) -> UserError:
-    return UserError(f"{folder} is a link, a file or another user's, so it is not used.", "Remove it and push again.")
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _gather(
@@ -248,16 +231,16 @@ def _gather(
     folder: Path,
     device: torch.device | str,
 ) -> None:
-    """Put all but the card into `folder`, with names that mean something to everybody."""
+    """Verify the model, and put all files but the card into `folder`, with names that are valid anywhere."""
     trained_on = None if trained.adapter is None else find_checkpoint(trained.base, trained.base_revision)
     if not merged:
         assert trained.adapter is not None and trained_on is not None
         verify_export(trained.native, trained.adapter, trained_on, device=device)
         _link(trained.native / LORA_NAME, folder)
         _link(trained.adapter / ADAPTER_WEIGHTS_NAME, folder)
-        peft_config = read_json(trained.adapter / ADAPTER_CONFIG_NAME)
+        peft_config = read_json(trained.adapter / ADAPTER_CONFIG_NAME, EXPORT_AGAIN)
         own = {"base_model_name_or_path": base.repo_id, "revision": base.revision}
-        _write_json(peft_config | own, folder / ADAPTER_CONFIG_NAME)
+        write_text_atomic(folder / ADAPTER_CONFIG_NAME, json.dumps(peft_config | own, indent=2) + "\n")
         config = {**config, **base.names}
     else:
         if trained.adapter is None or trained_on is None:  # verified when it was exported
@@ -266,9 +249,8 @@ def _gather(
         else:
             merge_adapter(trained.adapter, trained_on, folder)
             verify_export(folder, trained.adapter, trained_on, device=device)
-        kept = {key: value for key, value in config.items() if key not in LORA_KEYS}
-        config = {**kept, **base.names, "moshi_name": WEIGHTS_NAME}
-    _write_json(config, folder / CONFIG_NAME)
+        config = {**without_lora(config), **base.names, "moshi_name": WEIGHTS_NAME}
+    write_text_atomic(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     control = read_emotion_control(trained.folder)
     write_emotion_control(dataclasses.replace(control, base_model=base.repo_id, base_revision=base.revision), folder)
     copy_run_files(trained.folder, folder, corpora=corpora, base_model=base.repo_id)
@@ -277,21 +259,5 @@ def _gather(
 def _link(path: Path, folder: Path) -> None:
     try:
         os.link(path.resolve(), folder / path.name)
-    except OSError:  # another disk, or one that knows no links
+    except OSError:  # another disk, or no hard links
         shutil.copyfile(path, folder / path.name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}", "Export it again from its checkpoint.") from error
-
-
-def _write_json(value: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

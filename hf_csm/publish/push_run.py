@@ -1,4 +1,4 @@
-"""What `training.push_to_hub` does: see before the first step that a push will be let through, and push at the end."""
+"""`training.push_to_hub`: check permissions and licenses before the first step, push at the end."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from pathlib import Path
 
 from hf_csm.config import RunConfig
 from hf_csm.errors import UserError
+from hf_csm.files import read_json
 from hf_csm.hub import hub_errors
 from hf_csm.mixture.provenance import corpora_of, with_earlier
 from hf_csm.models.moshi.checkpoint import choose_device
 from hf_csm.models.moshi.pull import CONFIG_NAME, find_folder, weight_names
-from hf_csm.publish.licenses import base_terms, check_card_values, check_licences
-from hf_csm.publish.push_model import PATTERNS, check_same_model, push_model, read_json
+from hf_csm.publish.licenses import base_terms, check_card_values, check_licenses
+from hf_csm.publish.push_model import PATTERNS, check_same_model, push_model
 from hf_csm.publish.resolve_base import find_base
 from hf_csm.publish.upload import Target, check_may_write, log_in, open_repository
 from hf_csm.training.checkpoint import find_checkpoint_to_resume
 
 
 def check_push(config: RunConfig) -> None:
-    """Check all that would stop the push at the end of a run, and make the repository if it does not exist.
+    """Check everything that could stop the push at the end of a run, and create the repository if missing.
 
     Raises:
-        UserError: nobody is logged in, may not write there, the corpora forbid it, the base model is nobody else's, or
-            the repository holds something else.
+        UserError: not logged in, no write permission, a license forbids it, the base model is a local folder, or the
+            repository holds something else.
     """
     options = config.training
     repo_id, private, merged = options.push_to_hub, options.hub_private, options.push_merged
@@ -34,7 +35,7 @@ def check_push(config: RunConfig) -> None:
     name, revision = config.moshi_paths.hf_repo_id, config.moshi_paths.revision
     if Path(name).expanduser().is_dir():
         raise UserError(
-            f"training.push_to_hub is {repo_id}, but the base model is the folder {name}, which nobody else has.",
+            f"training.push_to_hub is {repo_id}, but the base model is the local folder {name}.",
             "Name its repository in moshi_paths.hf_repo_id, or push by hand with --base-model USER/NAME.",
         )
     base = find_base(api, base_names(name, revision), name, revision, None, merged=merged)
@@ -45,12 +46,12 @@ def check_push(config: RunConfig) -> None:
         corpora = with_earlier(corpora, resumed.resolve().parent)
     check_card_values(corpora, repo_id)
     try:
-        check_licences(corpora, repo_id, private=private, base=base_terms(name, base.license))
+        check_licenses(corpora, repo_id, private=private, base=base_terms(name, base.license))
     except UserError as error:
         raise UserError(
             error.problem,
-            "Set training.hub_private to true, or training.push_to_hub to null and push by hand with `hf-csm push`, "
-            "which can be told more of the terms.",
+            "Set training.hub_private to true, or training.push_to_hub to null and push later with `hf-csm push`, "
+            "which has options for the terms.",
         ) from error
     target = Target(repo_id, "model", PATTERNS, private)
     with hub_errors(f"{repo_id}: "):
@@ -59,7 +60,7 @@ def check_push(config: RunConfig) -> None:
 
 
 def base_names(repo_id: str, revision: str | None) -> dict[str, str]:
-    """Return the files of a base on the Hub as an adapter's config.json will name them.
+    """Return the file names of a base on the Hub, as in an adapter's config.json.
 
     Raises:
         UserError: the repository or its config.json cannot be read.
@@ -77,7 +78,7 @@ def push_run(config: RunConfig, checkpoint: Path) -> str | None:
         checkpoint: the last one.
 
     Raises:
-        UserError: the push failed; the remedy is the command that tries again.
+        UserError: the push failed; the remedy has the command to try again.
     """
     options = config.training
     repo_id, private, merged = options.push_to_hub, options.hub_private, options.push_merged
@@ -91,6 +92,6 @@ def push_run(config: RunConfig, checkpoint: Path) -> str | None:
         flags = [*(["--merged"] if merged else []), *(["--private"] if private else [])]
         command = shlex.join(["hf-csm", "push", str(chosen), "--repo-id", repo_id, *flags])
         raise UserError(
-            f"The run is done and {chosen} is whole, but it was not pushed: {error.problem}",
-            f"Push it by hand: {command} ({error.remedy})",
+            f"Training is complete and {chosen} is saved, but the push failed: {error.problem}",
+            f"Push it with: {command} ({error.remedy})",
         ) from error

@@ -1,4 +1,4 @@
-"""Publish a table with its card on the Hugging Face Hub, if its licence lets it."""
+"""Publish a table with its card on the Hugging Face Hub, if its license allows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hf_csm.data.schema import SPLITS
 from hf_csm.data.table import CARD_NAME, read_card_metadata, read_columns, split_files
 from hf_csm.errors import UserError
 from hf_csm.hub import TABLE_FILES, hub_errors, is_whole
+from hf_csm.mixture.provenance import UNSTATED_LICENSES, license_id
 from hf_csm.publish.upload import Target, log_in, open_repository, send_files
 
 
@@ -19,24 +20,21 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-UNSTATED_LICENSES = (None, "", "other", "unknown")
-
-
 def push_table(folder: Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """Upload a prepared or codes table with its card in one commit, and return its address.
 
-    Run again after an interruption, it sends only what has not arrived. What the repository has besides the card,
-    `data/` and `plots/` stays.
+    After an interruption, another run sends only the missing files. Other files than the card, `data/` and `plots/`
+    stay in the repository.
 
     Args:
         folder: of the table.
-        repo_id: `user/name`; made if it does not exist.
-        private: whether a repository that is made is private; one that exists has to be so already.
-        revision: branch to push to, made if it does not exist; the main one by default.
+        repo_id: `user/name`; created if missing.
+        private: create the repository as private; an existing one must be private.
+        revision: branch to push to, created if missing (default: the main branch).
 
     Raises:
-        UserError: the licence forbids it or is not stated, the table is not whole, the repository holds something
-            else, or the Hub cannot be reached, does not know the user or does not let him write.
+        UserError: the license forbids it or is not stated, the table is incomplete, the repository holds something
+            else, or the Hub cannot be reached or refuses the user.
     """
     folder = Path(folder)
     metadata = check_publishable(folder)
@@ -49,18 +47,18 @@ def push_table(folder: Path, repo_id: str, *, private: bool = False, revision: s
 
 
 def table_files(folder: Path) -> list[Path]:
-    """Return what is published of a table: its card, its Parquet files and its plots."""
+    """Return the published files of a table: its card, Parquet files and plots."""
     plots = sorted(file for file in (folder / "plots").rglob("*") if file.is_file() and not file.name.startswith("."))
     return [folder / CARD_NAME, *(file for split in SPLITS for file in split_files(folder, split)), *plots]
 
 
 def check_publishable(folder: Path) -> dict[str, Any]:
-    """Return the card's metadata of a table that may be published.
+    """Return the card metadata of a table that may be published.
 
-    What the rows say counts as much as the card: an edited card does not make a corpus free.
+    The corpora in the rows count as well as the card, so that editing the card does not bypass a license.
 
     Raises:
-        UserError: it may not, its licence is not stated, or it is not a whole table of ours.
+        UserError: the license forbids it or is not stated, or it is not a complete hf-csm table.
     """
     from huggingface_hub.repocard import metadata_load
 
@@ -87,23 +85,23 @@ def check_publishable(folder: Path) -> dict[str, Any]:
     stated = (metadata_load(card) or {}).get("license")
     builder = builders.get(str(named))
     if builder is None:
-        if stated in UNSTATED_LICENSES:
+        if license_id(stated) in UNSTATED_LICENSES:
             raise UserError(
-                f"{folder}: the licence of the corpus {named} is not stated.",
+                f"{folder}: the license of the corpus {named} is not stated.",
                 "State it in `hf-csm prepare csv_manifest --license cc-by-4.0`; a dialogue manifest cannot state one.",
             )
     elif stated != builder.LICENSE or builder.NOTICE not in card.read_text(encoding="utf-8").split("---\n", 2)[2]:
-        raise UserError(f"{folder}: the card has lost the licence or the notice that {builder.TITLE} asks for.", again)
+        raise UserError(f"{folder}: the card has lost the license or the notice that {builder.TITLE} asks for.", again)
     return metadata
 
 
 def _check_same_table(
     repo_id: str, metadata: dict[str, Any], api: HfApi, revision: str | None, names: set[str]
 ) -> None:
-    """Raise if the repository has anything but an earlier state of this table."""
+    """Raise unless the repository holds an earlier version of this table."""
     found: dict[str, Any] = {}
     if CARD_NAME in names:
-        with tempfile.TemporaryDirectory() as beside:  # a card alone in the cache would pass for the whole table
+        with tempfile.TemporaryDirectory() as beside:  # not in the cache, where a lone card would pass for the table
             api.hf_hub_download(repo_id, CARD_NAME, repo_type="dataset", revision=revision, local_dir=beside)
             try:
                 found = read_card_metadata(beside)

@@ -1,4 +1,4 @@
-"""Where everybody finds the base of an adapter: what a published config.json may name, and that it is the same."""
+"""Resolve the base model of an adapter on the Hub: names for a published config.json, and a check that files match."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_csm.errors import UserError
 from hf_csm.hub import hub_errors
-from hf_csm.mixture.provenance import licence_id
+from hf_csm.mixture.provenance import license_id
 from hf_csm.models.moshi.pull import split_name
 from hf_csm.publish.upload import file_oid, oid_of
 
@@ -24,13 +24,13 @@ _KEYS = ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")
 
 @dataclass(frozen=True)
 class HubBase:
-    """The base model as a published adapter names it.
+    """The base model of a published adapter.
 
     Attributes:
         repo_id: of the base model.
-        revision: that was trained on, if one was asked for.
-        license: that its card states; several with commas between.
-        names: for config.json; `hf://user/name/file` each.
+        revision: used for training, if one was given.
+        license: on its card; several are joined by commas.
+        names: for config.json, as `hf://user/name/file`.
     """
 
     repo_id: str
@@ -51,21 +51,21 @@ def find_base(
     """Return the base of an adapter on the Hub.
 
     Args:
-        config: config.json of the adapter; names of files of its own are left out.
-        name_or_path: of the base, as the run knew it.
-        revision: of the base, if one was asked for.
-        base_model: repository that has the same files, for a base that is a local folder.
-        merged: the weights of the base go with the adapter, so what becomes of them on the Hub does not matter.
+        config: config.json of the adapter.
+        name_or_path: of the base, as configured for the run.
+        revision: of the base, if one was given.
+        base_model: repository with the same files, if the base is a local folder.
+        merged: weights are pushed merged, so those of the base need not be on the Hub.
 
     Raises:
-        UserError: the base is on this machine only, is not the one that is named, or has changed on the Hub.
+        UserError: the base is local only, is not `base_model`, or has changed on the Hub.
     """
     names = {key: str(config[key]) for key in _KEYS if "://" in str(config.get(key, ""))}
     is_local = Path(name_or_path).is_absolute() or any(name.startswith(LOCAL) for name in names.values())
     if is_local and base_model is None:
         raise UserError(
-            f"The base model is the folder {name_or_path}, which nobody else has.",
-            "Say with --base-model USER/NAME which repository on the Hub has the same files; upload it if none has.",
+            f"The base model is the local folder {name_or_path}.",
+            "Give a Hub repository with the same files as --base-model USER/NAME; upload the folder if there is none.",
         )
     if not is_local and base_model not in (None, name_or_path):
         raise UserError(f"The adapter was trained on {name_or_path}, not on {base_model}.", "Leave --base-model out.")
@@ -79,11 +79,11 @@ def find_base(
         for repo in sorted({split_name(name)[0] for name in names.values()}):
             own = [split_name(name)[1] for name in names.values() if split_name(name)[0] == repo]
             _check_served(api, repo, own, revision if repo == repo_id and not is_local else None)
-    return HubBase(repo_id, None if is_local else revision, licence_id(card.license if card else None) or None, names)
+    return HubBase(repo_id, None if is_local else revision, license_id(card.license if card else None) or None, names)
 
 
 def _same_on_hub(api: HfApi, repo_id: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names with `file://` replaced by the files of the repository that are the same, by size and hash."""
+    """Return the names with each `file://` replaced by the file of the repository with the same size and hash."""
     from huggingface_hub.hf_api import RepoFile
 
     files = [entry for entry in api.list_repo_tree(repo_id, recursive=True) if isinstance(entry, RepoFile)]
@@ -94,13 +94,13 @@ def _same_on_hub(api: HfApi, repo_id: str, names: Mapping[str, str]) -> dict[str
         path = Path(name.removeprefix(LOCAL))
         if not path.is_file():
             raise UserError(
-                f"{path} is gone, so nothing shows that {repo_id} is the same base model.",
-                "Push from where the base model is, or copy it back.",
+                f"{path} is missing, so it cannot be compared with {repo_id}.",
+                "Push from the machine with the base model, or copy it back.",
             )
         same = _same_file(path, files)
         if same is None:
             raise UserError(
-                f"{repo_id} has no file that is the same as {path}.",
+                f"{repo_id} has no file identical to {path}.",
                 "Name the repository of the base model that the adapter was trained on, or upload that folder.",
             )
         found[key] = f"{HUB}{repo_id}/{same}"
@@ -120,7 +120,7 @@ def _same_file(path: Path, files: list[RepoFile]) -> str | None:
 
 
 def _check_served(api: HfApi, repo_id: str, files: list[str], revision: str | None) -> None:
-    """Check that the main branch, which is what moshi reads, has these files, and as they were at `revision`."""
+    """Check that the main branch, the only one moshi reads, has these files, unchanged since `revision`."""
     served = _oids(api, repo_id, files, None)
     missing = sorted(set(files) - served.keys())
     if missing:
@@ -131,8 +131,8 @@ def _check_served(api: HfApi, repo_id: str, files: list[str], revision: str | No
     changed = sorted(file for file in files if trained.get(file) != served[file])
     if changed:
         raise UserError(
-            f"{repo_id}: {changed[0]} is not what it was at {revision}, which was trained on; moshi reads the newest.",
-            "Push with --merged, which needs Mimi and the tokenizer only, or train on the newest base.",
+            f"{repo_id}: {changed[0]} has changed since the training revision {revision}; moshi reads the newest.",
+            "Push merged weights (--merged), which need only Mimi and the tokenizer, or train on the newest base.",
         )
 
 

@@ -1,7 +1,7 @@
-"""Send files to a repository of the Hugging Face Hub in one commit, and see that they arrived: what every push shares.
+"""Upload files to a repository of the Hugging Face Hub in one commit, and verify them there.
 
-Large files are sent before the commit and kept by the Hub under their hash. So a push that was stopped at any moment
-has changed nothing, and the next one sends only what is missing.
+Large files are sent before the commit and stored by hash. An interrupted push changes nothing, and the next one sends
+only the missing files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MADE_BY_HUB = {".gitattributes"}
 
 CheckContents = Callable[["HfApi", "str | None", "set[str]"], None]
-"""Raises `UserError` if the files of these names at that revision are not an earlier push of the same thing."""
+"""Raises `UserError` unless the files with these names at that revision are an earlier push of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Target:
     Attributes:
         repo_id: `user/name`.
         repo_type: `model` or `dataset`.
-        patterns: of the files that are ours there; all others stay as they are.
-        private: whether a repository that is made is private; one that exists has to be so already.
-        revision: branch, made if it does not exist; None for the main one.
+        patterns: of the files that a push may replace or delete; all others stay.
+        private: create the repository as private; an existing one must be private.
+        revision: branch, created if missing; None for the main branch.
     """
 
     repo_id: str
@@ -45,15 +45,15 @@ class Target:
     revision: str | None = None
 
     def has(self, path: str) -> bool:
-        """Say whether a file of the repository is ours."""
+        """Return whether a push may replace or delete this file."""
         return any(fnmatch(path, pattern) for pattern in self.patterns)
 
 
 def log_in(repo_id: str, example: str) -> HfApi:
-    """Return the Hub's client for a user who is logged in.
+    """Return the Hub's client of the logged-in user.
 
     Raises:
-        UserError: nobody is, or `repo_id` is not the name of a repository, such as `example`.
+        UserError: not logged in, or `repo_id` is not the name of a repository, such as `example`.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -68,7 +68,7 @@ def log_in(repo_id: str, example: str) -> HfApi:
 
 
 def open_repository(api: HfApi, target: Target, check_contents: CheckContents) -> list[RepoFile]:
-    """Make the repository and the branch if need be, and return the files that are there.
+    """Create the repository and the branch if missing, and return the existing files.
 
     Raises:
         UserError: it is public and should not be, or holds something else.
@@ -102,10 +102,10 @@ def open_repository(api: HfApi, target: Target, check_contents: CheckContents) -
 
 
 def check_may_write(api: HfApi, target: Target) -> None:
-    """Ask the Hub how it would take a file, which it tells only those who may send one; nothing is sent.
+    """Check for write permission by asking the Hub how to upload a file; nothing is sent.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: the user may not write there.
+        huggingface_hub.errors.HfHubHTTPError: no write permission.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -128,14 +128,14 @@ def list_files(api: HfApi, target: Target, revision: str | None) -> list[RepoFil
 def send_files(
     api: HfApi, target: Target, files: Mapping[str, Path], present: Sequence[RepoFile], message: str
 ) -> str:
-    """Make `files`, by their paths in the repository, what it has of ours, in one commit; return its address.
+    """Replace the files of `target` by `files`, given by their paths in the repository, in one commit; return its URL.
 
     Args:
         present: files that `open_repository` found.
         message: of the commit.
 
     Raises:
-        UserError: what arrived is not what was sent.
+        UserError: the files on the Hub differ from those sent.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -155,9 +155,9 @@ def send_files(
 
 
 def file_oid(path: Path, oid: str) -> str:
-    """Return the hash of a local file that is to be compared with `oid`, which the Hub gives one of its files.
+    """Return the hash of a local file for comparison with `oid`, the Hub's hash of a file.
 
-    Large files go by the SHA-256 of their content, those kept in git by the SHA-1 of their blob.
+    Large files have the SHA-256 of their content, those in git the SHA-1 of their blob.
     """
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
@@ -173,7 +173,7 @@ def oid_of(file: RepoFile) -> str:
 
 
 def _check_arrived(additions: Sequence[CommitOperationAdd], files: Sequence[RepoFile], target: Target) -> None:
-    """Raise unless our files on the Hub are those that were sent, by size and hash."""
+    """Raise unless the files on the Hub are those sent, by size and hash."""
     arrived = {file.path: (file.size, oid_of(file)) for file in files}
     expected = {}
     for addition in additions:
@@ -185,6 +185,6 @@ def _check_arrived(additions: Sequence[CommitOperationAdd], files: Sequence[Repo
     wrong += [path for path in arrived if target.has(path) and path not in expected]
     if wrong:
         raise UserError(
-            f"{target.repo_id}: {len(wrong)} files on the Hub are not what was sent, such as {wrong[0]}.",
-            "Run the same command again; what is right is not sent again.",
+            f"{target.repo_id}: {len(wrong)} files on the Hub differ from those sent, such as {wrong[0]}.",
+            "Run the same command again; correct files are not sent again.",
         )

@@ -30,7 +30,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def base_on_hub(hub, tiny_moshi):
-    """The tiny base, as `kyutai/tiny`, with a card that states a licence."""
+    """The tiny base, as `kyutai/tiny`, with a card that states a license."""
     api = HfApi(token=hub.add_user("kyutai"))
     api.create_repo(BASE)
     api.upload_folder(repo_id=BASE, folder_path=tiny_moshi)

@@ -43,7 +43,7 @@ METRICS = [
     {"step": 100, "eval_loss": 3.5, "eval_base_loss": 4.25, "eval_text_words": 2.0, "eval_base_text_words": 1.5},
     {"step": 200, "eval_loss": 9.0, "eval_base_loss": 4.25},
 ]
-DATA = "Training data and what its licences mean"
+DATA = "Training data and what its licenses mean"
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def section(card, title):
     return card.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def test_the_metadata_are_what_the_hub_finds_an_adapter_by(folder):
+def test_the_metadata_describe_an_adapter(folder):
     data = ModelCard(card_of(folder)).data
     assert (data.base_model, data.base_model_relation) == (BASE, "adapter")
     assert (data.library_name, data.pipeline_tag) == ("peft", "audio-to-audio")
@@ -96,7 +96,7 @@ def test_merged_weights_are_a_finetune_that_moshi_loads(folder):
 
 
 @pytest.mark.parametrize("corpora", [(RAVDESS,), (RAVDESS, ESD), ()])
-def test_the_hub_takes_the_card(folder, hub, corpora):
+def test_the_hub_accepts_the_card(folder, hub, corpora):
     names = write_card(facts_of(folder, "user/x", list(corpora), base_model=BASE, base_license="cc-by-4.0"), folder)
     HfApi().create_repo("user/x")
     for name in names:
@@ -107,7 +107,7 @@ def test_the_hub_takes_the_card(folder, hub, corpora):
     assert ("LICENSE.md" in files) == (license_ == "other")
 
 
-def test_terms_that_no_licence_says_together_are_in_a_file_of_their_own(folder):
+def test_terms_without_a_common_license_are_in_license_md(folder):
     facts = facts_of(folder, "ann/x", [RAVDESS], base_model=BASE, base_license="cc-by-4.0")
     assert write_card(facts, folder) == ["README.md"]
     names = write_card(facts_of(folder, "ann/x", [RAVDESS, ESD], base_model=BASE, base_license="cc-by-4.0"), folder)
@@ -120,21 +120,21 @@ def test_terms_that_no_licence_says_together_are_in_a_file_of_their_own(folder):
     assert not list(folder.glob(".*"))
 
 
-def test_every_corpus_is_listed_with_its_licence_and_what_it_asks(folder):
+def test_every_corpus_is_listed_with_its_license_and_conditions(folder):
     replay = CorpusTerms("talk", "Talk", "cc-by-4.0", replay=True)
     text = section(card_of(folder, [RAVDESS, ESD, replay], base_license="cc-by-4.0"), DATA)
     rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if row.startswith("| ")}
     assert "| cc-by-nc-sa-4.0 | 1.50 | 1,234 | happy, sad |" in rows["RAVDESS"]
-    assert "no commercial use" in rows["RAVDESS"] and "Not to be passed on" in rows["ESD"]
+    assert "no commercial use" in rows["RAVDESS"] and "Not for distribution" in rows["ESD"]
     assert "not recorded" in rows["Talk (replay: ordinary dialogue)"]
-    assert "Licence of the base model: cc-by-4.0." in text and "not for commercial use, because of RAVDESS" in text
+    assert "License of the base model: cc-by-4.0." in text and "not for commercial use, because of RAVDESS" in text
     for terms in (RAVDESS, ESD):
         assert f"**{terms.title}** (<{terms.homepage}>): {terms.notice[:40]}" in text
 
 
-def test_a_model_of_unknown_corpora_says_so(folder):
+def test_unknown_training_data_are_stated(folder):
     card = card_of(folder, [])
-    assert "Not recorded: ask whoever trained it" in section(card, DATA)
+    assert "Not recorded" in section(card, DATA)
     data = ModelCard(card).data
     assert (data.license, data.license_name, data.datasets) == ("other", "unstated", None)
 
@@ -148,17 +148,17 @@ def test_the_losses_are_those_of_the_checkpoint(folder):
     assert "(loss.png)" in section(card_of(folder), "Loss")
 
 
-def test_what_was_not_evaluated_is_said(folder):
+def test_missing_evaluations_and_options_are_stated(folder):
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
     card = card_of(folder)
     assert "Not evaluated" in section(card, "Loss") and ModelCard(card).data.eval_results is None
     for name in ("metrics.jsonl", "config.yaml"):
         (folder / name).unlink()
     card = card_of(folder)
-    assert "Not evaluated" in section(card, "Loss") and "was not recorded" in section(card, "Training")
+    assert "Not evaluated" in section(card, "Loss") and "not recorded" in section(card, "Training")
 
 
-def test_measures_without_results_are_named_as_not_measured(folder):
+def test_measures_without_results_are_listed_as_not_measured(folder):
     text = section(card_of(folder), "Results")
     missing = text.split("Not measured")[1]
     assert all(title in missing for title in MEASURES.values()) and "| measure |" not in text
@@ -180,13 +180,13 @@ def test_the_options_of_the_run_are_shown(folder):
 @pytest.mark.parametrize(
     ("control", "parts"),
     [
-        (EmotionControl("prefix", "<{emotion}>", ("neutral", "sad")), ["knows neutral and sad.", "such as `<sad>`"]),
-        (EmotionControl("prefix", "<{emotion}>"), ["Which it knows was not recorded."]),
-        (EmotionControl("none", emotions=("happy",)), ["It always speaks happy"]),
-        (EmotionControl("none"), ["cannot be asked for one"]),
+        (EmotionControl("prefix", "<{emotion}>", ("neutral", "sad")), ["neutral and sad.", "such as `<sad>`"]),
+        (EmotionControl("prefix", "<{emotion}>"), ["not recorded"]),
+        (EmotionControl("none", emotions=("happy",)), ["always speaks happy"]),
+        (EmotionControl("none"), ["No emotion can be selected"]),
     ],
 )
-def test_how_to_ask_for_an_emotion_follows_from_the_control(folder, control, parts):
+def test_how_to_select_an_emotion_depends_on_the_control(folder, control, parts):
     write_emotion_control(control, folder)
     card = card_of(folder)
     assert all(part in section(card, "Emotions") for part in parts)
@@ -201,31 +201,31 @@ def test_samples_are_linked(folder):
     assert "(samples/trained_sad.wav)" in section(card_of(folder), "Samples")
 
 
-def test_a_base_on_this_machine_is_not_named(folder):
+def test_the_path_of_a_local_base_is_not_published(folder):
     card = card_of(folder, base_model="/home/ann/secret/base", base_revision="v1")
     assert "secret" not in card and "a model that is not on the Hub" in card
     data = ModelCard(card).data
     assert data.base_model is None and "base_model_relation" not in data.to_dict()
 
 
-def test_names_with_spaces_and_capitals_are_made_such_as_the_hub_takes(folder):
+def test_names_with_spaces_and_capitals_are_made_valid(folder):
     mine = CorpusTerms("My own Voices", "My own voices", "unknown")
     data = ModelCard(card_of(folder, [mine])).data
     assert data.license_name == "cc-by-4.0-and-my-own-voices-terms"
     assert {result.dataset_type for result in data.eval_results} == {"my-own-voices"}
 
 
-def test_a_base_for_research_only_is_not_for_commerce(folder):
+def test_a_non_commercial_base_is_stated(folder):
     card = card_of(folder, [CorpusTerms("mine", "Mine", "cc-by-4.0")], base_license="cc-by-nc-4.0")
     assert f"not for commercial use, because of the base model {BASE}." in card
 
 
-def test_the_revision_of_the_base_is_named(folder):
+def test_the_revision_of_the_base_is_stated(folder):
     card = card_of(folder, base_revision="v1")
     assert "(revision `v1`)" in card and f'from_hf_repo("{BASE}", revision="v1")' in card
 
 
-def test_names_that_others_chose_cannot_break_the_card(folder):
+def test_names_from_corpora_cannot_break_the_card(folder):
     evil = CorpusTerms("evil", "a | b\n## Heading <script>x</script>", "mit", notice="line\n- [click](http://x)")
     card = card_of(folder, [evil], base_license="mit")
     text = ModelCard(card).text
@@ -235,7 +235,7 @@ def test_names_that_others_chose_cannot_break_the_card(folder):
     assert ModelCard(card).data.license == "mit"
 
 
-def test_the_commands_of_the_card_are_commands(folder):
+def test_the_commands_of_the_card_parse(folder):
     commands = [line for line in card_of(folder).splitlines() if line.startswith("hf-csm ")]
     assert [command.split()[1] for command in commands] == ["serve", "say", "reply"]
     for command in commands:
@@ -268,6 +268,6 @@ def test_the_code_of_the_card_loads_what_was_pushed(hub, base_on_hub, run, monke
 )
 def test_a_damaged_file_is_named(folder, name, content):
     (folder / name).write_text(content)
-    with pytest.raises(UserError, match=f"{name} is damaged") as error:
+    with pytest.raises(UserError, match=name) as error:
         card_of(folder)
     assert "\n" not in error.value.problem + error.value.remedy

@@ -62,7 +62,7 @@ def leftovers(run):
     return [path.name for path in run.iterdir() if path.name.startswith(".")]
 
 
-def test_what_is_pushed_is_found_on_a_clean_cache_serves_and_loads_with_peft(hub, base_on_hub, run, tmp_path):
+def test_a_pushed_adapter_loads_with_moshi_and_peft_on_another_machine(hub, base_on_hub, run, tmp_path):
     assert push_model(run / "best", "user/happy") == f"{hub.endpoint}/user/happy"
     assert remote_files("user/happy") <= BESIDE | ADAPTER_FILES and remote_files("user/happy") >= ADAPTER_FILES
     assert not leftovers(run)
@@ -81,7 +81,7 @@ def test_what_is_pushed_is_found_on_a_clean_cache_serves_and_loads_with_peft(hub
     assert all(torch.equal(weight, trained[name]) for name, weight in read_adapter(folder)[1].items())
 
 
-def test_what_is_on_the_hub_can_be_pushed_again_copied_or_merged(hub, base_on_hub, run, tmp_path):
+def test_a_model_on_the_hub_can_be_copied_or_merged(hub, base_on_hub, run, tmp_path):
     write_metrics(run)
     push_model(run / "best", "user/happy", revision="v1")
     push_model(run / "best", "user/whole", merged=True)
@@ -98,7 +98,7 @@ def test_what_is_on_the_hub_can_be_pushed_again_copied_or_merged(hub, base_on_hu
     assert remote_oids("user/merged")["model.safetensors"] == remote_oids("user/whole")["model.safetensors"]
 
 
-def test_the_card_and_what_goes_with_it_say_what_was_trained(hub, base_on_hub, run):
+def test_card_provenance_and_metrics_are_published(hub, base_on_hub, run):
     write_metrics(run)
     push_model(run / "best", "user/happy")
     info = HfApi().model_info("user/happy")
@@ -109,7 +109,7 @@ def test_the_card_and_what_goes_with_it_say_what_was_trained(hub, base_on_hub, r
     assert (snapshot("user/happy") / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_place_on_this_machine_is_published(hub, base_on_hub, local_run, tiny_moshi):
+def test_no_local_path_is_published(hub, base_on_hub, local_run, tiny_moshi):
     push_model(local_run / "best", "user/happy", base_model=BASE)
     for path in snapshot("user/happy").rglob("*"):
         if path.is_file() and path.suffix not in (".png",):
@@ -149,7 +149,7 @@ def test_an_export_is_pushed_as_its_checkpoint_is(hub, base_on_hub, run, tmp_pat
     assert remote_json("user/export", "emotions.json") == remote_json("user/run", "emotions.json")
 
 
-def test_samples_of_the_model_go_along(hub, base_on_hub, run):
+def test_samples_are_published(hub, base_on_hub, run):
     (run / "samples").mkdir()
     soundfile.write(run / "samples" / "trained_happy.wav", np.zeros(2400), 24000)
     (run / "samples" / "notes.txt").write_text("not a clip")
@@ -207,12 +207,12 @@ MINE = CorpusTerms("mine", "My voices", "unknown", num_windows=4)
 @pytest.mark.parametrize(
     "corpora, problem, remedy",
     [
-        ([RAVDESS, ESD], "learned from ESD", "--private"),
-        ([MINE], "whose licence nobody has stated", "--license-of mine=ID"),
-        (None, "nothing says whose speech", "--private"),
+        ([RAVDESS, ESD], "trained on ESD", "--private"),
+        ([MINE], "license is not stated", "--license-of mine=ID"),
+        (None, "training data are unknown", "--private"),
     ],
 )
-def test_what_a_licence_forbids_or_nobody_states_is_pushed_to_private_repositories_only(
+def test_forbidden_or_unknown_licenses_are_pushed_to_private_repositories_only(
     hub, base_on_hub, run, corpora, problem, remedy
 ):
     (run / "corpora.json").unlink()
@@ -225,7 +225,7 @@ def test_what_a_licence_forbids_or_nobody_states_is_pushed_to_private_repositori
     assert HfApi().model_info("user/happy").private
 
 
-def test_a_licence_that_the_user_states_is_the_one_of_the_card(hub, base_on_hub, run):
+def test_a_license_given_by_the_user_is_on_the_card(hub, base_on_hub, run):
     write_corpora([MINE], run)
     push_model(run / "best", "user/happy", stated={"mine": "cc-by-nc-4.0"})
     assert HfApi().model_info("user/happy").card_data.license == "cc-by-nc-4.0"
@@ -298,7 +298,7 @@ def empty(checkpoint):
 @pytest.mark.parametrize(
     "damage, problem",
     [
-        (lose_weights, "missing, damaged or cut short"),
+        (lose_weights, "lora.safetensors is missing"),
         (swap_weights, "is not the adapter in"),
         (cut_adapter, "damaged or cut short"),
         (empty, "neither a checkpoint"),
@@ -317,7 +317,7 @@ def test_two_pushes_of_one_checkpoint_do_not_mix(hub, base_on_hub, run):
     push_model(run / "best", "user/happy")
 
 
-def test_what_a_killed_push_has_left_is_not_published(hub, base_on_hub, run):
+def test_leftovers_of_a_killed_push_are_not_published(hub, base_on_hub, run):
     left = run / ".checkpoint_000010.push" / "samples"
     left.mkdir(parents=True)
     (left / "old.wav").write_bytes(b"of another time")
@@ -336,9 +336,9 @@ def hammer(checkpoint, moments):
             assert "by another process" in error.problem
 
 
-def test_pushes_that_end_as_others_begin_do_not_trip_each_other(tmp_path):
+def test_concurrent_pushes_never_share_a_staging_folder(tmp_path):
     checkpoint = tmp_path / "best"
-    with ThreadPoolExecutor(3) as pool:  # each open folder has a lock of its own, as in processes
+    with ThreadPoolExecutor(3) as pool:
         list(pool.map(hammer, [checkpoint] * 3, [500] * 3))
     assert list(tmp_path.iterdir()) == []
 
@@ -360,7 +360,7 @@ def test_a_folder_of_another_user_is_not_used(tmp_path, monkeypatch):
         pass
 
 
-def test_what_cannot_be_staged_beside_goes_to_a_new_temporary_folder(tmp_path, monkeypatch):
+def test_staging_falls_back_to_a_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()

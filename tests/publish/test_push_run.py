@@ -34,18 +34,18 @@ def config(run, codes):
     return make
 
 
-def test_a_run_that_is_not_to_be_pushed_asks_nobody(hub, config, run):
+def test_without_push_to_hub_no_request_is_made(hub, config, run):
     assert check_push(config(None)) is None and push_run(config(None), run / "best") is None
     assert not hub.requests
 
 
-def test_the_repository_is_there_before_the_first_step_and_nothing_is_in_it(hub, base_on_hub, config):
+def test_the_check_creates_an_empty_repository(hub, base_on_hub, config):
     check_push(config(private=True))
     assert HfApi().model_info("user/happy").private
     assert HfApi().list_repo_files("user/happy") == [".gitattributes"]
 
 
-def test_what_was_checked_is_pushed_from_the_best_checkpoint(hub, base_on_hub, config, run):
+def test_the_best_checkpoint_is_pushed(hub, base_on_hub, config, run):
     check_push(config())
     assert push_run(config(), run / "checkpoint_000005") == f"{hub.endpoint}/user/happy"
     emotions = HfApi().hf_hub_download("user/happy", "emotions.json")
@@ -92,14 +92,12 @@ def refused(config, problem, remedy, hub):
     assert not HfApi().repo_exists("user/happy")
 
 
-def test_what_would_stop_the_push_stops_the_run_before_it_starts(
-    hub, base_on_hub, config, codes, tiny_moshi, tmp_path
-):
+def test_a_push_that_would_fail_stops_the_run_before_it_starts(hub, base_on_hub, config, codes, tiny_moshi, tmp_path):
     esd = with_card(codes, tmp_path / "esd", **{"builder: ravdess": "builder: esd"})
-    refused(config(table=esd), "and its authors give it to those who sign", "training.hub_private", hub)
-    refused(config(replay=esd), "and its authors give it", "training.hub_private", hub)
-    refused(config(table="dialogues/train.jsonl"), "whose licence nobody has stated", "hf-csm push", hub)
-    refused(config(base=tiny_moshi), "which nobody else has", "moshi_paths.hf_repo_id", hub)
+    refused(config(table=esd), "its authors give it", "training.hub_private", hub)
+    refused(config(replay=esd), "its authors give it", "training.hub_private", hub)
+    refused(config(table="dialogues/train.jsonl"), "license is not stated", "hf-csm push", hub)
+    refused(config(base=tiny_moshi), "local folder", "moshi_paths.hf_repo_id", hub)
     refused(
         config(base="kyutai/none"), "kyutai/none: no such folder, and the Hub has no such repository", "spelling", hub
     )
@@ -117,24 +115,24 @@ def test_a_base_that_has_changed_since_its_revision_stops_the_run(hub, base_on_h
     content[-1] ^= 1
     api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
     api.upload_file(repo_id=BASE, path_or_fileobj=bytes(content), path_in_repo="model.safetensors")
-    refused(pinned, "model.safetensors is not what it was at", "newest base", hub)
+    refused(pinned, "model.safetensors has changed", "newest base", hub)
 
 
-def test_what_an_earlier_part_of_the_run_learned_from_stops_it(hub, base_on_hub, config, run):
+def test_corpora_of_an_earlier_part_of_the_run_count(hub, base_on_hub, config, run):
     write_corpora([CorpusTerms("esd", "ESD", "other")], run)
     (run / "checkpoint_000010" / "state").mkdir()
     (run / "checkpoint_000010" / "state" / "trainer.pt").touch()
     resumed = config()
     resumed.resume_from_checkpoint = "latest"
-    refused(resumed, "its authors give it to those who sign", "training.hub_private", hub)
+    refused(resumed, "trained on ESD", "training.hub_private", hub)
     resumed.run_dir, resumed.resume_from_checkpoint = str(run.parent / "branch"), str(run / "best")
-    refused(resumed, "its authors give it to those who sign", "training.hub_private", hub)
+    refused(resumed, "trained on ESD", "training.hub_private", hub)
 
 
-@pytest.mark.parametrize("licence, problem", [("cc-by-nc-nd-4.0", "the base model"), ("gpl-3.0", "does not allow")])
-def test_a_base_whose_licence_forbids_it_stops_the_run_and_the_push(hub, base_on_hub, config, run, licence, problem):
+@pytest.mark.parametrize("license, problem", [("cc-by-nc-nd-4.0", "the base model"), ("gpl-3.0", "does not allow")])
+def test_a_base_whose_license_forbids_it_stops_the_run_and_the_push(hub, base_on_hub, config, run, license, problem):
     api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
-    card = f"---\nlicense: {licence}\n---\n# Tiny\n".encode()
+    card = f"---\nlicense: {license}\n---\n# Tiny\n".encode()
     api.upload_file(repo_id=BASE, path_or_fileobj=card, path_in_repo="README.md")
     refused(config(), problem, "training.hub_private", hub)
     for merged in (False, True):
@@ -143,22 +141,22 @@ def test_a_base_whose_licence_forbids_it_stops_the_run_and_the_push(hub, base_on
     assert not HfApi().repo_exists("user/happy")
 
 
-@pytest.mark.parametrize("licence, expected", [("[mit, apache-2.0]", "cc-by-nc-sa-4.0"), ("other", "other")])
-def test_what_the_base_states_is_kept_on_the_card(hub, base_on_hub, run, licence, expected):
+@pytest.mark.parametrize("license, expected", [("[mit, apache-2.0]", "cc-by-nc-sa-4.0"), ("other", "other")])
+def test_the_license_of_the_base_is_on_the_card(hub, base_on_hub, run, license, expected):
     api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
-    card = f"---\nlicense: {licence}\n---\n# Tiny\n".encode()
+    card = f"---\nlicense: {license}\n---\n# Tiny\n".encode()
     api.upload_file(repo_id=BASE, path_or_fileobj=card, path_in_repo="README.md")
     push_model(run / "best", "user/happy")
     assert HfApi().model_info("user/happy").card_data.license == expected
     assert ("LICENSE.md" in HfApi().list_repo_files("user/happy")) == (expected == "other")
 
 
-def test_a_language_that_the_hub_does_not_know_stops_the_run_and_the_push(hub, base_on_hub, config, run, monkeypatch):
+def test_a_language_without_iso_code_stops_the_run_and_the_push(hub, base_on_hub, config, run, monkeypatch):
     spoken = CorpusTerms("mine", "Mine", "mit", languages=["english"])
     monkeypatch.setattr(module, "corpora_of", lambda dataset: [spoken])
-    refused(config(), "in the language 'english'", "ISO 639", hub)
+    refused(config(), "language 'english'", "ISO 639", hub)
     write_corpora([spoken], run)
-    with pytest.raises(UserError, match="in the language 'english'"):
+    with pytest.raises(UserError, match="language 'english'"):
         push_model(run / "best", "user/happy")
     assert not HfApi().repo_exists("user/happy")
 

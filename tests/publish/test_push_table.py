@@ -151,14 +151,14 @@ def test_what_may_not_be_passed_on_is_refused_whatever_its_card_says(hub, tmp_pa
     [
         (
             {"in_card": "mine", "in_rows": "mine", "license": "other"},
-            "licence of the corpus mine is not stated",
+            "license of the corpus mine is not stated",
             "--license",
         ),
         ({"in_card": "mine", "in_rows": "ravdess"}, "names the corpus mine, the rows ravdess", "again"),
-        ({"in_card": "ravdess", "in_rows": "ravdess", "license": "mit"}, "lost the licence", "again"),
+        ({"in_card": "ravdess", "in_rows": "ravdess", "license": "mit"}, "lost the license", "again"),
         (
             {"in_card": "ravdess", "in_rows": "ravdess", "license": "cc-by-nc-sa-4.0", "body": "Free for all."},
-            "lost the licence or the notice",
+            "lost the license or the notice",
             "again",
         ),
         ({"in_card": "mine", "in_rows": "mine", "license": "free"}, "refuses the card", "Correct these values"),
@@ -170,7 +170,7 @@ def test_a_card_that_does_not_say_the_terms_is_refused(hub, tmp_path, card, prob
     assert problem in error.value.problem and remedy in error.value.remedy and not puts(hub)
 
 
-def test_a_corpus_of_the_users_own_is_published_under_the_licence_that_its_card_states(hub, tmp_path):
+def test_a_corpus_of_the_users_own_is_published_under_the_license_that_its_card_states(hub, tmp_path):
     push_table(made_up(tmp_path / "t", "prepared", "mine", "mine", "cc-by-4.0", "csv_manifest"), "user/mine")
     assert HfApi().dataset_info("user/mine").card_data.license == "cc-by-4.0"
 
@@ -261,7 +261,7 @@ def test_an_upload_that_arrived_otherwise_than_sent_is_not_called_done(hub, tabl
 
     store = Repository.store
     monkeypatch.setattr(Repository, "store", lambda self, content: store(self, content + b"\n"))
-    with pytest.raises(UserError, match=r"1 files on the Hub are not what was sent, such as README\.md"):
+    with pytest.raises(UserError, match=r"1 files on the Hub differ from those sent, such as README\.md"):
         push_table(table, "user/ravdess")
     assert hf_hub_download("user/ravdess", "README.md", repo_type="dataset")
 

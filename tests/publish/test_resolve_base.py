@@ -20,8 +20,8 @@ def snapshot(repo_id, revision=None):
     return Path(snapshot_download(repo_id, revision=revision))
 
 
-def test_a_base_on_this_machine_only_is_refused_until_its_like_on_the_hub_is_named(hub, base_on_hub, local_run):
-    with pytest.raises(UserError, match="nobody else has") as error:
+def test_a_local_base_needs_base_model(hub, base_on_hub, local_run):
+    with pytest.raises(UserError, match="local folder") as error:
         push_model(local_run / "best", "user/happy")
     assert "--base-model USER/NAME" in error.value.remedy and not HfApi().repo_exists("user/happy")
     push_model(local_run / "best", "user/happy", base_model=BASE)
@@ -30,14 +30,14 @@ def test_a_base_on_this_machine_only_is_refused_until_its_like_on_the_hub_is_nam
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_base_that_is_not_the_one_trained_on_is_refused(hub, base_on_hub, local_run, run, tiny_moshi, merged):
+def test_another_base_than_the_trained_one_is_refused(hub, base_on_hub, local_run, run, tiny_moshi, merged):
     api = HfApi()
     api.create_repo("user/other")
     api.upload_folder(repo_id="user/other", folder_path=tiny_moshi)
     weights = bytearray((tiny_moshi / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     api.upload_file(repo_id="user/other", path_or_fileobj=bytes(weights), path_in_repo="model.safetensors")
-    with pytest.raises(UserError, match="no file that is the same as .*model.safetensors"):
+    with pytest.raises(UserError, match="no file identical to .*model.safetensors"):
         push_model(local_run / "best", "user/happy", base_model="user/other", merged=merged)
     with pytest.raises(UserError, match="was trained on kyutai/tiny, not on user/other"):
         push_model(run / "best", "user/happy", base_model="user/other", merged=merged)
@@ -46,7 +46,7 @@ def test_a_base_that_is_not_the_one_trained_on_is_refused(hub, base_on_hub, loca
     assert not api.repo_exists("user/happy")
 
 
-def test_a_base_that_has_changed_since_is_refused_for_an_adapter_and_merged_as_it_was(hub, base_on_hub, run):
+def test_a_changed_base_is_refused_for_an_adapter_but_can_be_merged(hub, base_on_hub, run):
     trained_on = HfApi().model_info(BASE).sha
     path = run / "checkpoint_000010" / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": trained_on}))
@@ -56,7 +56,7 @@ def test_a_base_that_has_changed_since_is_refused_for_an_adapter_and_merged_as_i
     content[-1] ^= 1
     api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
     api.upload_file(repo_id=BASE, path_or_fileobj=bytes(content), path_in_repo="model.safetensors")
-    with pytest.raises(UserError, match="model.safetensors is not what it was at") as error:
+    with pytest.raises(UserError, match="model.safetensors has changed") as error:
         push_model(run / "best", "user/happy")
     assert "--merged" in error.value.remedy
     push_model(run / "best", "user/happy", merged=True)

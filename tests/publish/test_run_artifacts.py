@@ -13,7 +13,7 @@ from hf_csm.publish.run_artifacts import copy_run_files, public_config, run_fold
 ON_HUB = CorpusTerms("ravdess", "RAVDESS", "cc-by-nc-sa-4.0", table="user/ravdess")
 
 
-def test_options_go_without_local_places_and_stay_options(tmp_path):
+def test_local_paths_are_removed_from_options(tmp_path):
     config = RunConfig(
         run_dir="ann/runs/happy",
         resume_from_checkpoint="/home/ann/runs/old/checkpoint_000005",
@@ -36,7 +36,7 @@ def test_options_go_without_local_places_and_stay_options(tmp_path):
     assert read.lora == config.lora and read.dataset.prefix_template == config.dataset.prefix_template
 
 
-def test_options_that_a_hand_has_added_lose_their_places_too():
+def test_local_paths_are_removed_from_unknown_options():
     shown = public_config({"note": "~/secret/x", "more": {"list": ["/home/ann/y", 3, "plain"]}}, [])
     assert shown == {"note": "x", "more": {"list": ["y", 3, "plain"]}}
 
@@ -59,7 +59,7 @@ def test_a_checkpoint_belongs_to_a_run_and_an_export_to_itself(run, tmp_path):
     assert run_folder(tmp_path) == tmp_path.resolve()
 
 
-def test_a_damaged_configuration_is_named(run, tmp_path):
+def test_a_damaged_configuration_is_an_error(run, tmp_path):
     (run / "config.yaml").write_text("a: [1")
-    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+    with pytest.raises(UserError, match=r"config\.yaml: not valid YAML"):
         copy_run_files(run / "best", tmp_path, corpora=[])

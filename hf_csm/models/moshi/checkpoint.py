@@ -7,6 +7,7 @@ import filecmp
 import hashlib
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,8 @@ def split_adapter(checkpoint: MoshiCheckpoint, name: str) -> tuple[MoshiCheckpoi
         split_name(moshi_name)[0] if moshi_name.startswith("hf://") else str(checkpoint.moshi_weights.parent)
     )
     base.lora_weights, base.revision = None, None
-    base.lm_config, base.raw_config = without_lora(checkpoint.lm_config), without_lora(checkpoint.raw_config)
+    base.lm_config = None if checkpoint.lm_config is None else without_lora(checkpoint.lm_config)
+    base.raw_config = None if checkpoint.raw_config is None else without_lora(checkpoint.raw_config)
     return base, RuntimeAdapter(name, checkpoint.lora_weights, rank, scaling)
 
 
@@ -204,9 +206,9 @@ def is_same_base(checkpoint: MoshiCheckpoint, other: MoshiCheckpoint) -> bool:
     return configs[0] == configs[1] and (is_same_file or filecmp.cmp(weights, other_weights, shallow=False))
 
 
-def without_lora(config: dict[str, Any] | None) -> dict[str, Any] | None:
+def without_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config.json without moshi's keys of an adapter."""
-    return None if config is None else {key: value for key, value in config.items() if key not in LORA_KEYS}
+    return {key: value for key, value in config.items() if key not in LORA_KEYS}
 
 
 def load_tokenizer(checkpoint: loaders.CheckpointInfo) -> sentencepiece.SentencePieceProcessor:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import LORA_KEYS, MoshiCheckpoint
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, without_lora
 from hf_csm.models.moshi.lora import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -97,7 +97,7 @@ def serving_config(checkpoint: MoshiCheckpoint) -> dict[str, Any]:
     if checkpoint.raw_config is None:
         config = {"model_type": "moshi", **loaders._lm_kwargs}
     else:
-        config = {key: value for key, value in checkpoint.raw_config.items() if key not in LORA_KEYS}
+        config = without_lora(checkpoint.raw_config)
     names = DEFAULT_NAMES | {key: config[key] for key in (*DEFAULT_NAMES, "mimi_config_name") if config.get(key)}
     place = f"file://{checkpoint.name_or_path}" if checkpoint.is_local else f"hf://{checkpoint.name_or_path}"
     return config | {key: name if "://" in name else f"{place}/{name}" for key, name in names.items()}
@@ -203,8 +203,7 @@ def find_adapter(folder: Path, name: str) -> Path:
 
 def native_shapes(checkpoint: loaders.CheckpointInfo, rank: int) -> dict[str, tuple[int, int]]:
     """Return name and shape of every weight that moshi expects in `lora.safetensors`, in its order."""
-    config = loaders._lm_kwargs if checkpoint.lm_config is None else checkpoint.lm_config
-    config = {key: value for key, value in config.items() if key not in LORA_KEYS}
+    config = without_lora(loaders._lm_kwargs if checkpoint.lm_config is None else checkpoint.lm_config)
     shapes = {}
     for path, (in_features, out_features) in _linear_sizes(json.dumps(config)).items():
         shapes[f"{path}.lora_A.weight"] = (rank, in_features)

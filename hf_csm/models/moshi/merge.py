@@ -21,7 +21,7 @@ from moshi.models import loaders
 from safetensors import SafetensorError, safe_open
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import LORA_KEYS, MoshiCheckpoint
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, without_lora
 from hf_csm.models.moshi.export import (
     CONFIG_NAME,
     PEFT_PREFIX,
@@ -101,9 +101,7 @@ def check_loadable(path: Path, checkpoint: MoshiCheckpoint) -> None:
     Raises:
         ExportError: it does not.
     """
-    config = {
-        key: value for key, value in (checkpoint.lm_config or loaders._lm_kwargs).items() if key not in LORA_KEYS
-    }
+    config = without_lora(checkpoint.lm_config or loaders._lm_kwargs)
     try:
         lm = loaders.get_moshi_lm(None, lm_kwargs=config, device="meta")
         lm.load_state_dict(
