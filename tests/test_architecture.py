@@ -64,3 +64,9 @@ def test_there_is_no_import_cycle():
     while ends := [name for name, imports in graph.items() if not imports]:
         graph = {name: imports - set(ends) for name, imports in graph.items() if name not in ends}
     assert not graph, f"in a cycle or above one: {graph}"
+
+
+def test_the_library_of_a_family_is_imported_in_its_folder_alone():
+    importing = {name for name, imports in GRAPH.items() if any(m.split(".")[0] == "moshi" for m in imports)}
+    assert importing
+    assert all(name.startswith("hf_csm.models.moshi") for name in importing)

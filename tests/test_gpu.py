@@ -9,7 +9,7 @@ from hf_csm.models.moshi import MOSHI
 from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi
 from hf_csm.models.moshi.codec import encode_waveforms
 from hf_csm.models.moshi.engine import Engine
-from hf_csm.models.moshi.export import export_native
+from hf_csm.models.moshi.export import export_adapter
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.runtime_lora import add_adapters
@@ -113,7 +113,7 @@ def test_a_strength_set_after_capture_changes_the_output_of_cuda_graphs(base, tm
     with torch.no_grad():
         for weight in adapter_parameters(model):
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-    export_native(model, base, tmp_path / "adapter")
+    export_adapter(model, base, tmp_path / "adapter")
     lm = base.get_moshi(device="cuda", dtype=torch.float32)
     strengths = add_adapters(
         lm, [RuntimeAdapter("mine", tmp_path / "adapter" / "lora.safetensors", 4, 2.0)], num_slots=1

@@ -271,7 +271,7 @@ class Family:
     adapter_parameters: Callable[[Any], list[torch.nn.Parameter]]
     adapter_disabled: Callable[[Any], AbstractContextManager[None]]
 
-    export_adapter: Callable[[Any, Any, Path], None]
+    export_adapter: Callable[[Any, Any, Path], Any]
     merge_adapter: Callable[[Path, Any, Path], None]
     verify_export: Callable[..., float]
 

@@ -9,7 +9,7 @@ import torch
 from hf_csm.errors import UserError
 from hf_csm.models.emotion_control import EmotionControl, write_emotion_control
 from hf_csm.models.moshi.checkpoint import find_checkpoint
-from hf_csm.models.moshi.export import export_native
+from hf_csm.models.moshi.export import export_adapter
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora, save_adapter
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.publish.export import export_checkpoint
@@ -31,7 +31,7 @@ def trained(tiny_moshi):
 
 @pytest.fixture
 def adapter(trained, tiny_moshi, tmp_path):
-    folder = export_native(trained, find_checkpoint(str(tiny_moshi)), tmp_path / "adapter")
+    folder = export_adapter(trained, find_checkpoint(str(tiny_moshi)), tmp_path / "adapter")
     write_emotion_control(EmotionControl("prefix", "({emotion})", ("happy", "sad")), folder)
     return folder
 

@@ -5,7 +5,7 @@ import torch
 
 from hf_csm.models.emotion_control import EmotionControl, write_emotion_control
 from hf_csm.models.moshi.checkpoint import find_checkpoint
-from hf_csm.models.moshi.export import export_native
+from hf_csm.models.moshi.export import export_adapter
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi
 
@@ -16,7 +16,7 @@ def _write_adapter(base_folder, out, control, *, seed=0, rank=4, std=0.2):
     model = add_lora(load_moshi(base, dtype=torch.float32), rank=rank, alpha=2 * rank, target_modules="all-linear")
     for number, weight in enumerate(adapter_parameters(model)):
         torch.nn.init.normal_(weight, std=std, generator=torch.Generator().manual_seed(1000 * seed + number))
-    export_native(model, base, out)
+    export_adapter(model, base, out)
     write_emotion_control(control, out)
     return out
 

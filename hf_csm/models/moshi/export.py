@@ -42,38 +42,30 @@ class ExportError(UserError):
         super().__init__(problem, remedy)
 
 
-def export_native(adapter: MoshiLM | Path, checkpoint: MoshiCheckpoint, out: Path) -> Path:
-    """Write `lora.safetensors` and `config.json` for `moshi.server` to the folder `out`, replacing what is there.
+def export_adapter(adapter: MoshiLM | Path, checkpoint: MoshiCheckpoint, folder: Path) -> Path:
+    """Write `lora.safetensors` and `config.json` for `moshi.server` to `folder`, and return it.
 
-    The two serve with `moshi.server --config-path out/config.json --lora-weight out/lora.safetensors`, or as a Hub
-    repository with `moshi.server --hf-repo user/adapter`; the base's files are found where `checkpoint` has them.
+    The two serve with `moshi.server --config-path folder/config.json --lora-weight folder/lora.safetensors`, or as a
+    Hub repository with `moshi.server --hf-repo user/adapter`; the base's files are found where `checkpoint` has them.
+    Names and shapes are checked against those that moshi builds; `verify_export` compares logits.
 
     Args:
         adapter: the trained model, or the folder of a PEFT adapter.
         checkpoint: the base model.
+
+    Raises:
+        UserError: the adapter is damaged or was made for another base.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    write_native(adapter, checkpoint, out)
-    return out
-
-
-def export_adapter(adapter: MoshiLM | Path, checkpoint: MoshiCheckpoint, folder: Path) -> None:
-    """Write moshi's files of the adapter (see `export_native`), and check that moshi would take every weight.
-
-    Names and shapes only: beside a run there is no memory for a second base. `verify_export` compares logits.
-    """
-    export_native(adapter, checkpoint, folder)
-    check_native_keys(folder, checkpoint)
-
-
-def write_native(adapter: MoshiLM | Path, checkpoint: MoshiCheckpoint, folder: Path) -> None:
     if isinstance(adapter, MoshiLM):
         config, weights = lora_config(adapter), adapter_state(adapter)
     else:
         config, weights = read_adapter(adapter)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(native_state(config, weights, checkpoint), folder / LORA_NAME)
     lora = {"lora": True, "lora_name": LORA_NAME, "lora_rank": config.r, "lora_scaling": config.lora_alpha / config.r}
     (folder / CONFIG_NAME).write_text(json.dumps(serving_config(checkpoint) | lora, indent=2) + "\n")
+    check_native_keys(folder, checkpoint)
+    return folder
 
 
 def native_state(

@@ -1,4 +1,4 @@
-"""LoRA on Moshi with PEFT: which layers to adapt, and the adapter's way to disk, back, and into merged weights."""
+"""LoRA on Moshi with PEFT: which layers to adapt, and save and load the adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import peft
 import torch
 from moshi.models.lm import LMModel
 from moshi.modules.transformer import StreamingTransformer
-from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -42,7 +41,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 PAIR = {"linear_in", "linear_out"}
 
 
-def target_modules(names: str | Sequence[str], lm: LMModel) -> str:
+def target_pattern(names: str | Sequence[str], lm: LMModel) -> str:
     """Return the regular expression, for PEFT, that matches the linear layers of `lm` meant by `names`.
 
     Args:
@@ -116,11 +115,11 @@ def add_lora(
 
     Args:
         alpha: the adapter's output is scaled by `alpha / rank`.
-        target_modules: see the function of this name.
+        target_modules: see `target_pattern`.
         seed: of the adapter's weights; the caller's random state is left as it was.
 
     Raises:
-        UserError: see `target_modules`; dropout together with gradient checkpointing.
+        UserError: see `target_pattern`; dropout together with gradient checkpointing.
     """
     lm = native_lm(model)
     assert not has_adapter(model), "the model has an adapter already"
@@ -131,10 +130,7 @@ def add_lora(
             f"lora.dropout {dropout} does not go with gradient checkpointing in Moshi.",
             "Set dropout to 0, or advanced.gradient_checkpointing to false.",
         )
-    return _wrap(model, rank, alpha, _pattern(target_modules, lm), dropout, seed)
-
-
-_pattern = target_modules
+    return _wrap(model, rank, alpha, target_pattern(target_modules, lm), dropout, seed)
 
 
 def _wrap(model: MoshiLM, rank: int, alpha: float, pattern: str, dropout: float, seed: int) -> MoshiLM:
@@ -264,36 +260,6 @@ def read_adapter(folder: Path) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]
             "Train it without rank_pattern, alpha_pattern and use_rslora.",
         )
     return config, weights
-
-
-def merged(model: MoshiLM) -> LMModel:
-    """Return a plain `LMModel` with the adapter merged in, in eval mode: it streams, which the wrapped one cannot.
-
-    `model` is untouched. Merged weights are new, computed in float32 and cast once to the base's dtype; all others are
-    shared with `model`, so the two must not be trained or written to at the same time.
-    """
-    lm = native_lm(model)
-    shared = {id(tensor): tensor for tensor in (*lm.parameters(), *lm.buffers())}
-    plain = copy.deepcopy(lm, shared)
-    with torch.no_grad():
-        for module in list(plain.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, LoraLinear):
-                    setattr(module, name, _merged_linear(child))
-    for transformer in _transformers(plain):
-        transformer.checkpointing = False
-    return plain.eval()
-
-
-def _merged_linear(layer: LoraLinear) -> torch.nn.Linear:
-    base = layer.get_base_layer()
-    low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    weight = base.weight.float() + layer.scaling["default"] * (high.float() @ low.float())
-    plain = torch.nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-    plain.weight = torch.nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-    if base.bias is not None:
-        plain.bias = base.bias
-    return plain
 
 
 def _transformers(lm: LMModel) -> list[StreamingTransformer]:

@@ -13,7 +13,7 @@ from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.models.moshi.export import (
     ExportError,
     check_native_keys,
-    export_native,
+    export_adapter,
     serving_config,
 )
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora, linear_paths, save_adapter
@@ -52,13 +52,13 @@ def adapter(model, tmp_path_factory):
 
 @pytest.fixture
 def exported(model, base, tmp_path):
-    return export_native(model, base, tmp_path / "native")
+    return export_adapter(model, base, tmp_path / "native")
 
 
 @pytest.mark.parametrize("names", [PROJECTIONS, ["out_projs"], "all-linear"])
 def test_what_moshi_loads_is_the_trained_model(base, tmp_path, names):
     model = trained(base, names)
-    folder = export_native(model, base, tmp_path / "native")
+    folder = export_adapter(model, base, tmp_path / "native")
     save_adapter(model, tmp_path / "adapter")
     assert verify_export(folder, tmp_path / "adapter", base, dtype=torch.float32) < 1e-4
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lora.safetensors"]
@@ -89,7 +89,7 @@ def test_one_base_model_is_in_memory_at_a_time(exported, adapter, base, tmp_path
 
 def test_every_linear_layer_has_weights_and_the_untouched_ones_are_zero(base, tmp_path):
     model = trained(base, ["out_projs"])
-    weights = load_file(export_native(model, base, tmp_path / "native") / "lora.safetensors")
+    weights = load_file(export_adapter(model, base, tmp_path / "native") / "lora.safetensors")
     paths = linear_paths(load_moshi(base).lm)
     assert weights.keys() == {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}
     for path in paths:
@@ -197,13 +197,13 @@ def test_a_failed_export_leaves_the_old_one_and_nothing_beside_it(exported, mode
 
     monkeypatch.setattr("hf_csm.models.moshi.export.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
-        export_native(model, base, exported)
+        export_adapter(model, base, exported)
     assert (exported / "lora.safetensors").read_bytes() == before
     assert [path.name for path in exported.parent.iterdir()] == ["native"]
 
 
 def test_the_adapter_folder_alone_gives_the_same_files_as_the_model(model, exported, base, tmp_path):
     save_adapter(model, tmp_path / "adapter")
-    out = export_native(tmp_path / "adapter", base, tmp_path / "again")
+    out = export_adapter(tmp_path / "adapter", base, tmp_path / "again")
     for name in ("config.json", "lora.safetensors"):
         assert (out / name).read_bytes() == (exported / name).read_bytes()

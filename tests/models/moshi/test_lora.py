@@ -4,7 +4,6 @@ import json
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hf_csm.errors import UserError
 from hf_csm.models.moshi.checkpoint import find_checkpoint
@@ -17,9 +16,8 @@ from hf_csm.models.moshi.lora import (
     linear_paths,
     load_adapter,
     lora_config,
-    merged,
     save_adapter,
-    target_modules,
+    target_pattern,
 )
 from hf_csm.models.moshi.model import MoshiLM, load_moshi
 
@@ -96,20 +94,20 @@ def test_all_linear_means_every_linear_layer(base):
 )
 def test_half_a_gating_is_refused(base, names):
     with pytest.raises(UserError, match=r"without linear_(in|out)"):
-        target_modules(names, base.lm)
+        target_pattern(names, base.lm)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(base):
     with pytest.raises(UserError, match=r"no 'qproj'; nearest is 'q_proj'"):
-        target_modules(["qproj"], base.lm)
+        target_pattern(["qproj"], base.lm)
     with pytest.raises(UserError, match="empty"):
-        target_modules([], base.lm)
+        target_pattern([], base.lm)
 
 
 @pytest.mark.parametrize("names", [["q_proj"], ["k_proj", "v_proj"], ["gate_proj", "down_proj"]])
 def test_a_part_of_a_fused_matrix_warns_that_all_of_it_is_adapted(base, names):
     with pytest.warns(UserWarning, match="adapts them all"):
-        target_modules(names, base.lm)
+        target_pattern(names, base.lm)
 
 
 def test_a_fresh_adapter_changes_nothing(base, codes):
@@ -210,34 +208,6 @@ def test_a_missing_or_truncated_file_is_refused(base, tmp_path, name, damage):
     with pytest.raises(UserError, match=name if damage == "missing" else "damaged or cut short") as error:
         load_adapter(copy.deepcopy(base), tmp_path)
     assert len(str(error.value).splitlines()) == 2
-
-
-@pytest.mark.parametrize("names", [COMMON_NAMES, "all-linear"])
-def test_merged_equals_unmerged_and_streams_and_leaves_the_model_alone(base, codes, names):
-    model = with_lora(base, names=names, train=codes)
-    expected = nll(model, codes)
-    state = {name: weight.clone() for name, weight in model.state_dict().items()}
-    plain = merged(model)
-    torch.testing.assert_close(nll(MoshiLM(plain), codes), expected, atol=2e-5, rtol=1e-5)
-    assert not torch.allclose(expected, nll(base, codes), atol=1e-3)
-    assert plain.state_dict().keys() == base.lm.state_dict().keys()
-    with plain.streaming(1):
-        pass
-    assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
-    assert torch.equal(nll(model, codes), expected)
-
-
-def test_merged_weights_are_rounded_once(tiny_moshi, codes):
-    model = load_moshi(find_checkpoint(str(tiny_moshi)), dtype=torch.bfloat16)
-    add_lora(model, rank=2, alpha=6, target_modules=["out_projs"])
-    for weight in adapter_parameters(model):
-        torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(1))
-    path = "transformer.layers.1.self_attn.out_projs.0"
-    base_weight = load_file(tiny_moshi / "model.safetensors")[f"{path}.weight"]
-    state = adapter_state(model)
-    low, high = (state[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
-    expected = (base_weight.float() + 3.0 * (high @ low)).bfloat16()
-    assert torch.equal(merged(model).get_submodule(path).weight, expected)
 
 
 def test_dropout_with_gradient_checkpointing_is_refused(tiny_moshi):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from hf_csm.errors import UserError
 from hf_csm.models.family import RuntimeAdapter
 from hf_csm.models.moshi.checkpoint import find_checkpoint
-from hf_csm.models.moshi.export import export_native
+from hf_csm.models.moshi.export import export_adapter
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.runtime_lora import SteeredLinear, add_adapters
@@ -23,7 +23,7 @@ def write_adapter(base, folder, seed, target_modules="all-linear"):
     with torch.no_grad():
         for weight in adapter_parameters(model):
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-    export_native(model, base, folder)
+    export_adapter(model, base, folder)
     return RuntimeAdapter(folder.name, folder / "lora.safetensors", RANK, SCALING)
 
 
