@@ -1,6 +1,6 @@
-"""`hf-csm <verb>`: the functions that the recipes call, from the command line.
+"""`hf-csm COMMAND`: the command line interface.
 
-Everything heavy is imported inside its verb, so that `hf-csm --help` answers at once.
+Heavy modules are imported inside the commands, which keeps `hf-csm --help` fast.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_csm import __version__
-from hf_csm.commands.data import add_data_verbs
-from hf_csm.commands.model import add_model_verbs
+from hf_csm.commands.data import add_data_commands
+from hf_csm.commands.model import add_model_commands
 from hf_csm.errors import UserError
 
 
-GO_ON = "Run the same command again to go on; training also needs --resume-from-checkpoint latest."
+GO_ON = "Run the same command again to resume; training also needs --resume-from-checkpoint latest."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb and return the exit status."""
+    """Run a command and return the exit status."""
     parser = build_parser()
     options, more = parser.parse_known_args(argv)
     if more and not options.takes_more:
@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Callable[[], object], *, debug: bool = False) -> int:
-    """Run a command; what a user can mend is printed in two lines, without a traceback, and gives status 1.
+    """Run a command and return the exit status. Errors that a user can fix are printed in two lines, with status 1.
 
     Args:
-        debug: let the traceback through.
+        debug: raise the error instead.
     """
     try:
         command()
@@ -52,7 +52,7 @@ def run_command(command: Callable[[], object], *, debug: bool = False) -> int:
 
 
 def explain(error: Exception) -> tuple[str, str] | None:
-    """Return what is wrong and what to do about it, a line each; None for what no user can mend."""
+    """Return the problem and the remedy of an error, one line each; None for an error that no user can fix."""
     if isinstance(error, UserError):
         return error.problem, error.remedy
     code = error.errno if isinstance(error, OSError) else None
@@ -61,25 +61,25 @@ def explain(error: Exception) -> tuple[str, str] | None:
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or is_full:
         return f"The disk is full{where}.", f"Free some space. {GO_ON}"
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"Not allowed to write or read{where}: {os.strerror(code)}.", "Give a folder that you may write to."
+        return f"Not allowed to write or read{where}: {os.strerror(code)}.", "Choose a folder that you can write to."
     if isinstance(error, OSError) and where:
         return f"{error.strerror or error}{where}.", "Check that path."
     return None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of every verb."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="hf-csm",
         description="Teach Moshi to speak with emotion. Train with: accelerate launch recipes/train.py --config YAML",
     )
     parser.add_argument("--version", action="version", version=f"hf-csm {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add_verb(
+    def add_command(
         name: str, run: Callable[[argparse.Namespace], None], help: str, takes_more: bool = False, **texts: Any
     ) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(
+        command = commands.add_parser(
             name,
             help=help,
             description=help,
@@ -87,23 +87,23 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **texts,
         )
-        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        verb.set_defaults(run=run, takes_more=takes_more)
-        return verb
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=run, takes_more=takes_more)
+        return command
 
-    add_data_verbs(add_verb)
-    add_model_verbs(add_verb)
-    add_verb("doctor", _doctor, "Show versions, GPU and disk, what is missing and how to get it.")
+    add_data_commands(add_command)
+    add_model_commands(add_command)
+    add_command("doctor", _doctor, "Show installed versions, GPU and disk space, and what is missing.")
     return parser
 
 
 def _doctor(options: argparse.Namespace) -> None:
     from hf_csm.doctor import examine
 
-    report, is_well = examine()
+    report, is_complete = examine()
     print(report)
-    if not is_well:
-        raise UserError("Something that is needed is missing.", "Mend the lines marked with ! above.")
+    if not is_complete:
+        raise UserError("A requirement is not met.", "Fix the lines marked with ! above.")
 
 
 if __name__ == "__main__":

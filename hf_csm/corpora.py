@@ -1,4 +1,4 @@
-"""The corpora of `dataset_builders`, by name: open one as a stream, list them, make a builder."""
+"""Registry of the corpora in `dataset_builders`: list them, open one as a stream, create a builder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import inspect
 import pkgutil
 import tempfile
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_csm.data.schema import SPLITS
 from hf_csm.errors import UserError
-from hf_csm.prepare.builder import CorpusBuilder, config_options
-from hf_csm.prepare.checks import hash_listing
+
+
+if TYPE_CHECKING:  # `datasets` takes seconds to import, and `hf-csm --help` lists the names
+    from hf_csm.prepare.builder import CorpusBuilder
 
 
 def load_corpus(
@@ -23,7 +24,7 @@ def load_corpus(
     streaming: bool = True,
     **options: Any,
 ) -> Any:
-    """Open a raw corpus as utterance rows (`UTTERANCE_FEATURES`), made while you iterate; nothing is written.
+    """Open a raw corpus as utterance rows (`UTTERANCE_FEATURES`), computed during iteration; nothing is written.
 
     Args:
         name: a module of `dataset_builders`.
@@ -35,6 +36,9 @@ def load_corpus(
     Raises:
         UserError: unknown corpus, option or split, or a raw corpus that cannot be read.
     """
+    from hf_csm.data.schema import SPLITS
+    from hf_csm.prepare.checks import hash_listing
+
     if split is not None and split not in SPLITS:
         raise UserError(f"Unknown split {split!r}.", f"Splits are {', '.join(SPLITS)}.")
     builder = make_builder(name, data_dir, **options)
@@ -46,15 +50,21 @@ def load_corpus(
     return cached.as_dataset(split=split)
 
 
-def all_builders() -> list[type[CorpusBuilder]]:
-    """Return the builder of every module of `dataset_builders`, in order of name."""
+def corpus_names() -> list[str]:
+    """Return the names of all corpora, sorted."""
     import dataset_builders
 
-    names = sorted(module.name for module in pkgutil.iter_modules(dataset_builders.__path__))
-    return [_builder_class(name) for name in names]
+    return sorted(module.name for module in pkgutil.iter_modules(dataset_builders.__path__))
+
+
+def all_builders() -> list[type[CorpusBuilder]]:
+    """Return the builders of all corpora, sorted by name."""
+    return [_builder_class(name) for name in corpus_names()]
 
 
 def _builder_class(name: str) -> type[CorpusBuilder]:
+    from hf_csm.prepare.builder import CorpusBuilder
+
     module = importlib.import_module(f"dataset_builders.{name}")
     (builder_class,) = (
         value
@@ -65,7 +75,9 @@ def _builder_class(name: str) -> type[CorpusBuilder]:
 
 
 def make_builder(name: str, data_dir: Any = None, **options: Any) -> CorpusBuilder:
-    """Return the builder of a corpus without touching a cache. Arguments as in `load_corpus`."""
+    """Return the builder of a corpus, without a cache. Arguments as in `load_corpus`."""
+    from hf_csm.prepare.builder import config_options
+
     classes = {builder.NAME: builder for builder in all_builders()}
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=1, cutoff=0.5)

@@ -7,7 +7,9 @@ import pytest
 
 from hf_csm.cli import explain, main, run_command
 from hf_csm.commands.data import corpus_options, launched_as
+from hf_csm.corpora import all_builders
 from hf_csm.errors import UserError
+from hf_csm.prepare.builder import CorpusConfig, config_options
 from hf_csm.testing.ravdess import write_ravdess
 
 
@@ -17,15 +19,15 @@ def error_lines(capsys):
 
 def test_a_user_error_is_two_lines_and_status_1(capsys):
     def fail():
-        raise UserError("The cup is empty.", "Fill it.")
+        raise UserError("The file is empty.", "Write it again.")
 
     assert run_command(fail) == 1
-    assert error_lines(capsys) == ["error: The cup is empty.", "       Fill it."]
+    assert error_lines(capsys) == ["error: The file is empty.", "       Write it again."]
 
 
 def test_debug_shows_the_traceback():
     def fail():
-        raise UserError("The cup is empty.", "Fill it.")
+        raise UserError("The file is empty.", "Write it again.")
 
     with pytest.raises(UserError):
         run_command(fail, debug=True)
@@ -56,18 +58,18 @@ def test_ctrl_c_shows_how_to_continue(capsys):
         raise KeyboardInterrupt
 
     assert run_command(interrupted) == 130
-    assert "again to go on" in error_lines(capsys)[-1]
+    assert "again to resume" in error_lines(capsys)[-1]
 
 
-VERBS = ["prepare", "encode", "describe", "export-manifest", "push-dataset", "export", "doctor"]
+COMMANDS = ["prepare", "encode", "describe", "export-manifest", "push-dataset", "export", "doctor"]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
+        main([command, "--help"])
     assert caught.value.code == 0
-    assert verb in capsys.readouterr().out
+    assert command in capsys.readouterr().out
 
 
 def test_help_imports_nothing_heavy():
@@ -86,7 +88,7 @@ def test_doctor_lists_versions_and_free_disk_space(capsys):
     assert "GB free" in shown
 
 
-def test_preparing_again_says_that_there_is_nothing_to_do(tmp_path, capsys):
+def test_preparing_again_does_nothing(tmp_path, capsys):
     raw = write_ravdess(tmp_path / "raw", actors=(1,), emotions=("sad",), intensities=(1,), layout="actors")
     argv = ["prepare", "ravdess", "--raw", str(raw), "--out", str(tmp_path / "out"), "--num-workers", "1"]
     assert main(argv) == 0
@@ -112,6 +114,18 @@ def test_a_corpus_has_options_of_its_own(arguments, expected):
 def test_a_corpus_option_cannot_replace_a_shared_option(argument):
     with pytest.raises(UserError, match=argument):
         corpus_options([argument, "x"])
+
+
+def test_the_help_of_prepare_lists_every_corpus_with_its_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    shown = capsys.readouterr().out
+    shared = {option.name for option in config_options(CorpusConfig)}
+    for builder in all_builders():
+        assert builder.NAME in shown
+        (line,) = [line for line in shown.splitlines() if line.split()[:1] == [builder.NAME]] or [""]
+        names = {option.name for option in config_options(builder.BUILDER_CONFIG_CLASS)} - shared
+        assert {word[2:].replace("-", "_") for word in line.split() if word.startswith("--")} == names
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("2", "2"), ("0", "0"), ("abc", "2"), ("-1", "2")])

@@ -1,4 +1,4 @@
-"""The verbs that make and show data: prepare, encode, describe, export-manifest, push-dataset."""
+"""The data commands: prepare, encode, describe, plan, export-manifest, push-dataset."""
 
 from __future__ import annotations
 
@@ -8,93 +8,106 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_csm.corpora import corpus_names
 from hf_csm.errors import UserError
 
 
-ALREADY_THERE = "{out} is already there, from the same input and options: nothing to do."
+ALREADY_THERE = "{out} already exists, made from the same input with the same options: nothing to do."
 SHARED_OPTIONS = ("corpus", "raw", "out", "num_workers", "align_model", "prosody", "overwrite", "progress", "name")
-"""Names that no corpus can use for an option of its own."""
-CORPUS_OPTIONS = """options of a corpus, after those above:
+"""Names that are reserved: no corpus may have an option of this name."""
+CORPUS_OPTIONS = """options of single corpora:
   ravdess       --subsets speech song
   esd           --languages en zh
   msp_podcast   --test-sets Test1 Test2 Test3   --keep-unknown-speakers   --allow-missing-text
-  csv_manifest  --corpus-name NAME   --license LICENCE"""
+  csv_manifest  --corpus-name NAME   --license LICENSE"""
 
 
-def add_data_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add them to the parser of `hf-csm`."""
-    prepare = add_verb(
+def add_data_commands(add_command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the data commands to the parser of `hf-csm`."""
+    prepare = add_command(
         "prepare",
         _prepare,
-        "Turn a raw corpus into labelled, aligned 24 kHz utterances (Parquet).",
+        "Convert a raw corpus to labeled, aligned utterances at 24 kHz (Parquet).",
         takes_more=True,
         epilog=CORPUS_OPTIONS,
     )
-    prepare.add_argument("corpus", help="ravdess, crema_d, esd, msp_podcast, or csv_manifest for your own")
+    prepare.add_argument("corpus", help=f"{', '.join(corpus_names())} (csv_manifest is for your own)")
     prepare.add_argument(
-        "--raw", nargs="+", help="folder, zip files or URLs of the corpus (default: download it, if that is allowed)"
+        "--raw", nargs="+", help="folder, zip files or URLs of the raw corpus (default: download it, if it can be)"
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder to write")
-    prepare.add_argument("--num-workers", type=int, help="processes (default: one per core)")
-    prepare.add_argument("--align-model", help="CTC model (Hub id or folder) for word times instead of energy")
-    prepare.add_argument("--prosody", action="store_true", help="measure pitch, loudness and rate of every clip")
-    prepare.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    prepare.add_argument("--num-workers", type=int, help="number of processes (default: one per core)")
+    prepare.add_argument("--align-model", help="CTC model (Hub id or folder) for word alignment, instead of energy")
+    prepare.add_argument(
+        "--prosody", action="store_true", help="measure pitch, loudness and speech rate of every clip"
+    )
+    prepare.add_argument("--overwrite", action="store_true", help="replace an existing table")
 
-    encode = add_verb("encode", _encode, "Compose conversations from utterances and encode them with the base's Mimi.")
+    encode = add_command(
+        "encode", _encode, "Compose conversations from utterances and encode them with the codec of the base model."
+    )
     encode.add_argument("prepared", help="folder or Hub id of a prepared corpus, or a JSONL manifest of stereo WAVs")
     encode.add_argument("--out", type=Path, required=True, help="folder to write")
     encode.add_argument("--base-model", required=True, help="Hub id or folder of the base model")
     encode.add_argument("--revision", help="branch, tag or commit of the base model")
     _add_composition(encode)
-    encode.add_argument("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    encode.add_argument("--device", help="such as cuda or cpu (default: a GPU if available)")
     encode.add_argument(
-        "--batch-sec", type=float, help="most seconds of audio at once (default: 640 on a GPU, 80 on a CPU)"
+        "--batch-sec", type=float, help="seconds of audio per batch (default: 640 on a GPU, 80 on a CPU)"
     )
 
-    describe = add_verb(
+    describe = add_command(
         "describe",
         _describe,
-        "Show what training with a configuration will see: cells, weights, repeats, hours.",
+        "Show the training mixture of a configuration: groups, probabilities, repeats, hours.",
         takes_more=True,
-        epilog="Options of the configuration may follow, as in training: --dataset.balance.temperature 0",
+        epilog="Training options can follow: --dataset.balance.temperature 0",
     )
-    describe.add_argument("config", help="YAML file of a run")
-    describe.add_argument("--out", type=Path, default=Path("mixture.png"), help="picture (default: mixture.png)")
+    describe.add_argument("config", help="YAML file with the options of a run")
+    describe.add_argument("--out", type=Path, default=Path("mixture.png"), help="plot to write (default: mixture.png)")
 
-    plan = add_verb(
+    plan = add_command(
         "plan",
         _plan,
         "Print what a run needs and which tables are missing, as shell assignments.",
         takes_more=True,
-        epilog="Options of the configuration may follow, as in training: --run_dir DIR",
+        epilog="Training options can follow: --run_dir DIR",
     )
-    plan.add_argument("config", help="YAML file of a run")
+    plan.add_argument("config", help="YAML file with the options of a run")
 
-    manifest = add_verb(
-        "export-manifest", _export_manifest, "Write conversations as moshi-finetune reads them: WAV, JSON and JSONL."
+    manifest = add_command(
+        "export-manifest",
+        _export_manifest,
+        "Write conversations in the format of moshi-finetune: WAV, JSON and JSONL.",
     )
     manifest.add_argument("prepared", help="folder or Hub id of a prepared corpus")
     manifest.add_argument("--out", type=Path, required=True, help="folder to write")
     _add_composition(manifest)
 
-    push = add_verb("push-dataset", _push_dataset, "Publish a table on the Hugging Face Hub, if its license allows.")
+    push = add_command(
+        "push-dataset", _push_dataset, "Publish a table on the Hugging Face Hub, if its license permits."
+    )
     push.add_argument("folder", type=Path, help="folder that `hf-csm prepare` or `hf-csm encode` wrote")
-    push.add_argument("--repo-id", required=True, help="USER/NAME on the Hub; made if it does not exist")
-    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--repo-id", required=True, help="USER/NAME on the Hub; created if it does not exist")
+    push.add_argument("--private", action="store_true", help="create the repository as private")
 
 
 def _add_composition(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--label", choices=("acted", "perceived", "agreed"), default="acted",
-        help="emotion of a clip: as acted, as raters heard it, or only where both agree (default: acted)",
+        help="emotion label of a clip: acted, perceived by raters, or only where both agree (default: acted)",
     )  # fmt: skip
-    parser.add_argument("--variants", type=int, default=1, help="sets of conversations from the clips (default: 1)")
-    parser.add_argument("--duration-sec", type=float, default=80.0, help="longest conversation (default: 80)")
+    parser.add_argument(
+        "--variants", type=int, default=1, help="number of different sets of conversations (default: 1)"
+    )
+    parser.add_argument(
+        "--duration-sec", type=float, default=80.0, help="maximum length of a conversation (default: 80)"
+    )
     parser.add_argument(
         "--lead-in-s", type=float, nargs=2, default=(1.0, 2.0), metavar=("MIN", "MAX"),
-        help="seconds of quiet before the first turn (default: 1 2)",
+        help="seconds of room tone before the first turn (default: 1 2)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
 
 def _composition(options: argparse.Namespace) -> Any:
@@ -192,16 +205,16 @@ def _encode(options: argparse.Namespace) -> None:
 
 
 def launched_as() -> tuple[int, int]:
-    """Return number and count of the processes that share the work, as `accelerate launch` sets them.
+    """Return rank and number of processes, as set by `accelerate launch`.
 
     Raises:
-        UserError: they make no sense.
+        UserError: they are inconsistent.
     """
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
         raise UserError(
             f"RANK is {rank} and WORLD_SIZE is {world_size}.",
-            "Leave them to `accelerate launch`, or number N processes from 0 to N - 1.",
+            "Let `accelerate launch` set them, or number N processes from 0 to N - 1.",
         )
     return int(rank), int(world_size)
 
@@ -213,7 +226,7 @@ def _describe(options: argparse.Namespace) -> None:
     description = describe(parse_run_config(["--config", options.config, *options.more], prog="hf-csm describe"))
     print(description.render())
     description.draw(options.out)
-    print(f"Drawn in {options.out}.")
+    print(f"The plot is in {options.out}.")
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that take a trained model: export, push, serve, say, reply."""
+"""The commands that take a trained model: export, push, serve, say, reply."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 DEFAULT_BASE = "kyutai/moshiko-pytorch-bf16"
 
 
-def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
+def add_model_commands(add_command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add them to the parser of `hf-csm`."""
-    export = add_verb("export", _export, "Turn a checkpoint into a folder that PEFT and moshi's own server load.")
+    export = add_command("export", _export, "Turn a checkpoint into a folder that PEFT and moshi's own server load.")
     export.add_argument(
         "checkpoint", help="a run's checkpoint, such as checkpoints/run/best, or a Hub repository USER/NAME"
     )
@@ -33,7 +33,7 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("--merged", action="store_true", help="write whole merged weights instead of the adapter")
     _add_device(export)
 
-    push = add_verb("push", _push, "Publish a checkpoint on the Hub: moshi serves it with one flag, PEFT loads it.")
+    push = add_command("push", _push, "Publish a checkpoint on the Hub: moshi serves it with one flag, PEFT loads it.")
     push.add_argument(
         "checkpoint", help="a run's checkpoint, a folder that `hf-csm export` wrote, or a Hub repository USER/NAME"
     )
@@ -52,11 +52,11 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="corpora whose terms, which you signed, let models trained on them be published",
     )  # fmt: skip
 
-    say = add_verb("say", _say, "Speak a text with an emotion and write an audio file.")
+    say = add_command("say", _say, "Speak a text with an emotion and write an audio file.")
     say.add_argument("text", help="text to speak")
     _add_speaking(say)
 
-    reply = add_verb(
+    reply = add_command(
         "reply",
         _reply,
         "Answer a recorded question with an emotion and write an audio file, which starts with one second of silence "
@@ -74,7 +74,7 @@ def add_model_verbs(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         default=30.0,
         help="maximum length of the answer, from the end of the question (default: 30)",
     )
-    _add_serve(add_verb)
+    _add_serve(add_command)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -111,8 +111,8 @@ def _add_speaking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON with words and times")
 
 
-def _add_serve(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
-    serve = add_verb(
+def _add_serve(add_command: Callable[..., argparse.ArgumentParser]) -> None:
+    serve = add_command(
         "serve",
         _serve,
         "Serve conversations over WebSocket, compatible with moshi.server, with a web page to choose emotions.",

@@ -1,6 +1,7 @@
 """Real launchers. Two processes over gloo stand for two GPUs: `accelerate launch --cpu` would start only one."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,21 +84,27 @@ def test_processes_that_do_not_know_of_each_other_are_refused(run_options, tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_leaves_a_checkpoint(run_options, tmp_path):
-    """SIGTERM to `accelerate launch` alone, as a scheduler may send it; the training process must not go on unseen."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_launcher_leaves_a_checkpoint_to_resume_from(run_options, tmp_path, number):
+    """SIGTERM to `accelerate launch` alone, as from a scheduler; Ctrl-C to both processes, as from a terminal."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=1"]
     options = run_options(training__max_steps=100_000, training__save_every=100_000, training__eval_every=0)
+    command = [*launch, str(ROOT / "recipes" / "train.py"), *options]
     metrics, checkpoints = tmp_path / "run" / "metrics.jsonl", tmp_path / "run"
-    launcher = subprocess.Popen(
-        [*launch, str(ROOT / "recipes" / "train.py"), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         wait_for(lambda: metrics.exists() and len(read_metrics(metrics)) >= 2)
-        launcher.terminate()
-        launcher.wait(30)
+        launcher.terminate() if number == signal.SIGTERM else os.killpg(launcher.pid, number)
+        launcher.wait(600)
         wait_for(lambda: list(checkpoints.glob("checkpoint_*/state/trainer.pt")))
     finally:
         launcher.kill()
+    step = max(losses(tmp_path / "run"))
+    (checkpoint,) = checkpoints.glob("checkpoint_*")
+    assert checkpoint.name == f"checkpoint_{step:06d}"
+    more = ["--resume-from-checkpoint", "latest", "--training.max_steps", str(step + 1)]
+    subprocess.run([*command, *more], check=True, capture_output=True)
+    assert sorted(losses(tmp_path / "run")) == list(range(1, step + 2))
 
 
 def wait_for(condition, timeout_s=90.0):
