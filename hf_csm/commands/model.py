@@ -1,4 +1,4 @@
-"""The commands that take a trained model: export, push, serve, say, reply."""
+"""The model commands: export, push, serve, say, reply."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ DEFAULT_BASE = "kyutai/moshiko-pytorch-bf16"
 
 
 def add_model_commands(add_command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add them to the parser of `hf-csm`."""
-    export = add_command("export", _export, "Turn a checkpoint into a folder that PEFT and moshi's own server load.")
+    """Add the model commands to the parser of `hf-csm`."""
+    export = add_command("export", _export, "Export a checkpoint to a folder that PEFT and moshi.server load.")
     export.add_argument(
         "checkpoint", help="a run's checkpoint, such as checkpoints/run/best, or a Hub repository USER/NAME"
     )
     export.add_argument("--revision", help="branch, tag or commit of the Hub repository (default: its main branch)")
     export.add_argument("--out", type=Path, required=True, help="folder to write")
-    export.add_argument("--merged", action="store_true", help="write whole merged weights instead of the adapter")
+    export.add_argument("--merged", action="store_true", help="write merged weights instead of the adapter")
     _add_device(export)
 
-    push = add_command("push", _push, "Publish a checkpoint on the Hub: moshi serves it with one flag, PEFT loads it.")
+    push = add_command("push", _push, "Publish a checkpoint on the Hub, for moshi.server and PEFT.")
     push.add_argument(
         "checkpoint", help="a run's checkpoint, a folder that `hf-csm export` wrote, or a Hub repository USER/NAME"
     )
-    push.add_argument("--repo-id", required=True, help="USER/NAME; made if it does not exist")
-    push.add_argument("--merged", action="store_true", help="whole merged weights instead of the adapter")
-    push.add_argument("--private", action="store_true", help="only you see the repository")
+    push.add_argument("--repo-id", required=True, help="USER/NAME; created if it does not exist")
+    push.add_argument("--merged", action="store_true", help="push merged weights instead of the adapter")
+    push.add_argument("--private", action="store_true", help="create the repository as private")
     _add_device(push)
-    push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: the main one)")
-    push.add_argument("--checkpoint-revision", metavar="REVISION", help="of a checkpoint that is on the Hub")
-    push.add_argument("--base-model", metavar="USER/NAME", help="repository of a base that was trained on as a folder")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
+    push.add_argument("--checkpoint-revision", metavar="REVISION", help="revision of a checkpoint on the Hub")
+    push.add_argument("--base-model", metavar="USER/NAME", help="Hub repository of a base model in a local folder")
     push.add_argument(
-        "--license-of", nargs="+", default=[], metavar="CORPUS=ID", help="license of a corpus without a stated license"
+        "--license-of", nargs="+", default=[], metavar="CORPUS=ID", help="license of a corpus that declares none"
     )
     push.add_argument(
         "--terms-allow", nargs="+", default=[], metavar="CORPUS",
-        help="corpora whose terms, which you signed, let models trained on them be published",
+        help="corpora whose signed terms permit publishing models trained on them",
     )  # fmt: skip
 
     say = add_command("say", _say, "Speak a text with an emotion and write an audio file.")
