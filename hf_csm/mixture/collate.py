@@ -13,7 +13,7 @@ from hf_csm.models.family import NO_TOKEN, Layout, Window
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows side by side.
+    """Padded windows.
 
     Attributes:
         ids: the rows they come from, `B` of them.
@@ -31,7 +31,7 @@ class Batch:
 
 
 def collate(windows: Sequence[Window], layout: Layout) -> Batch:
-    """Pad windows to the longest, and by the largest delay, so that no stream loses its last targets to its delay."""
+    """Pad windows to the longest plus the largest delay, so that no stream loses its last targets to its delay."""
     num_frames = max(window.codes.shape[1] for window in windows) + layout.max_delay
     codes = np.full((len(windows), layout.num_streams, num_frames), NO_TOKEN, dtype=np.int64)
     for row, window in zip(codes, windows, strict=True):

@@ -48,11 +48,11 @@ def mix(table: WindowTable, config: DatasetConfig) -> tuple[list[Group], np.ndar
 def group_by_length(
     rows: Iterator[int], num_frames: np.ndarray, *, budget_frames: Frames, pool_size: int, seed: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yield micro-batches of windows of like length, each a list of (draw, row); the draws are numbered from 0.
+    """Yield micro-batches of windows of similar length, each a list of (draw, row); the draws are numbered from 0.
 
-    A pool of windows is sorted by length and cut where the next window would carry the padded micro-batch over
-    `budget_frames`. All of a pool leaves before the next is drawn, in random order: carrying the last, incomplete
-    micro-batch over would hold the longest windows back for ever.
+    A pool of windows is sorted by length and cut where the next window would make the padded micro-batch longer than
+    `budget_frames`. The micro-batches of a pool are shuffled, and all are yielded before the next pool is drawn:
+    carrying the last, incomplete one over would hold the longest windows back for ever.
     """
     draws = enumerate(rows)
     for number in range(2**62):
@@ -99,7 +99,7 @@ class MixtureLoader:
         """Yield this process's micro-batches without end.
 
         Args:
-            start: micro-batches that all processes together have already had.
+            start: micro-batches that all processes together have already consumed.
         """
         groups = islice(self._groups(), start + self.rank, None, self.world_size)
         for group in groups:
@@ -126,7 +126,7 @@ class MixtureLoader:
 
 
 def validation_batches(table: WindowTable, config: DatasetConfig, *, max_windows: int) -> list[list[int]]:
-    """Return a fixed set of at most `max_windows` windows, as rows in batches of like length."""
+    """Return a fixed set of at most `max_windows` windows, as rows in batches of similar length."""
     chosen = np.random.default_rng(0).permutation(len(table))[:max_windows]
     budget_frames = config.batch_size * seconds_to_frames(config.duration_sec)
     batches: list[list[int]] = []
@@ -145,7 +145,7 @@ def lay_out_row(
     *,
     with_prefix: bool = True,
 ) -> Window:
-    """Read a window and lay it out, with the emotion prefix if it has an emotion and `config.control` says so."""
+    """Read a window and lay it out, with the emotion prefix if it has an emotion and `config.control` is `prefix`."""
     emotion = table.emotions[row]
     has_prefix = emotion is not None and config.control == "prefix" and with_prefix
     return lay_out(

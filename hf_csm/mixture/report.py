@@ -1,4 +1,4 @@
-"""What training will see, before it does: the groups of the mixture as a table and as a picture."""
+"""Preview of the training mixture: its groups as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hf_csm.units import Seconds, frames_to_seconds
 
 
 MAX_GROUPS = 60
-"""Groups that are shown one by one, those with most hours; the others are summed up."""
+"""Groups listed individually, the longest ones; the others are summed up."""
 REST = "others"
 
 
@@ -36,10 +36,10 @@ class Line:
     """A group of the mixture, or several together.
 
     Attributes:
-        names: its corpus, emotion or what else the mixture is balanced by.
+        names: its corpus, emotion or other traits of `balance.by`.
         probability: that a drawn window is of it.
         repeats: expected passes over it in an epoch.
-        is_capped: whether `max_repeats` holds it, or a table's part of it.
+        is_capped: whether `max_repeats` limits it, or the part of it in one table.
     """
 
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class Description:
         groups: in order of name.
         replay: the dialogues for replay, if there are any.
         split_s: length of the windows of each split; `train` without replay.
-        notes: filters and what else is worth knowing.
+        notes: filters and cut windows.
     """
 
     by: tuple[str, ...]
@@ -102,7 +102,7 @@ class Description:
                 f"{line.repeats:>9.2f}{' *' if line.is_capped else ''}"
             )
         if any(line.is_capped for line in self.groups):
-            text.append(f"* held at dataset.balance.max_repeats {self.max_repeats:g}")
+            text.append(f"* capped at dataset.balance.max_repeats {self.max_repeats:g}")
         more = self.replay.repeats * self.replay.duration_s / 3600 if self.replay else 0.0
         text.append(
             f"repeats: passes over a group in an epoch, which draws {self.sources.duration_s / 3600:.2f} hours"
@@ -140,7 +140,7 @@ class Description:
             repeats.barh(places, [line.repeats for line in lines], 0.7, color=colors)
             if any(line.is_capped for line in lines):
                 repeats.axvline(self.max_repeats, color="C3", linestyle="--", linewidth=1)
-                repeats.set_title(f"red: held at max_repeats {self.max_repeats:g}", fontsize=9)
+                repeats.set_title(f"red: capped at max_repeats {self.max_repeats:g}", fontsize=9)
             for place, line in zip(places, lines, strict=True):
                 repeats.annotate(
                     f"{line.repeats:.1f}",
@@ -163,7 +163,7 @@ class Description:
 
 
 def describe(config: RunConfig) -> Description:
-    """Say what training with a configuration will see. Needs the tables, not the base model.
+    """Describe the training mixture of a configuration. Needs the tables, not the base model.
 
     Raises:
         UserError: a table or filter is wrong, or a manifest has not been encoded yet.

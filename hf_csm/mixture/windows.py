@@ -1,4 +1,4 @@
-"""The windows of tables of codes: which there are, filtered and grouped; their codes are read when they are needed."""
+"""The windows of tables of codes: labels and lengths in memory, filters and groups; codes are read on demand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_csm.units import FRAME_RATE, Frames, Seconds, frames_to_seconds, seconds
 
 
 class WindowTable:
-    """The windows of one split of some tables of codes; only their labels and lengths are in memory.
+    """The windows of one split of several tables of codes; only labels and lengths are in memory.
 
     Args:
         sources: tables with their weights.
@@ -31,14 +31,14 @@ class WindowTable:
         emotions: keep these only; None for all.
         languages: keep these only; None for all.
         speakers: keep these only; None for all.
-        replay: one more table, of dialogues, that is not filtered.
+        replay: one more table, of dialogues, to which no filter applies.
         max_frames: longer windows count as this long, and are cut there when they are laid out.
 
     Attributes:
         corpora: of each window, as are the next four.
         emotions: None for a window without label.
-        speakers: of Moshi's voice.
-        languages: None where the table does not say.
+        speakers: of the model's channel.
+        languages: None where the table has none.
         num_frames: `[N]`.
         num_cut: windows longer than `max_frames`.
         num_read: windows of each source, before the filters; replay comes last.
@@ -131,7 +131,7 @@ class WindowTable:
         return Group(("replay",), 1.0, rows, frames_to_seconds(int(self.num_frames[rows].sum())), is_replay=True)
 
     def left_out(self) -> list[str]:
-        """Say of each source that the filters take windows from how many these are."""
+        """Return a line for each source that loses windows to the filters, with their number."""
         kept = Counter(self._source_of)
         return [
             f"{source.path}: {total - kept[number]:,} of {total:,} windows left out by the filters"
@@ -140,10 +140,10 @@ class WindowTable:
         ]
 
     def check_filters(self) -> None:
-        """Check that some window has each value that was asked for.
+        """Check that each value of a filter occurs in some window.
 
         Raises:
-            UserError: none has.
+            UserError: one does not.
         """
         for name, wanted in self._wanted.items():
             known = sorted(label for label in self._present[name] if label is not None)
@@ -154,7 +154,7 @@ class WindowTable:
                     raise UserError(
                         f"dataset.{name} has {label!r}, which no training window has.",
                         (f"Did you mean {near[0]}? " if near else "")
-                        + (f"There are {', '.join(known[:MAX_CHOICES])}{more}." if known else "They name none."),
+                        + (f"There are {', '.join(known[:MAX_CHOICES])}{more}." if known else "The tables have none."),
                     )
 
 
@@ -162,7 +162,7 @@ def training_table(config: DatasetConfig, codec_sha256: str | None) -> WindowTab
     """Open the windows to train on, replay included.
 
     Raises:
-        UserError: as `WindowTable`; a filter names what no window has, or a source or replay has no windows.
+        UserError: as `WindowTable`; a value of a filter occurs in no window; or a source or replay has no windows.
     """
     replay = Source(config.replay.manifest_path) if config.replay and config.replay.fraction else None
     sources = config.training_sources()
@@ -191,10 +191,10 @@ def training_table(config: DatasetConfig, codec_sha256: str | None) -> WindowTab
 
 
 def held_out_table(config: DatasetConfig, split: str, codec_sha256: str | None) -> WindowTable:
-    """Open the windows of the validation or test split, of the emotions and languages that are trained.
+    """Open the windows of the validation or test split, filtered by emotion and language as in training.
 
-    No speaker is in two splits, so `config.speakers` says nothing here. A table that is named for validation alone
-    and has only training windows, as an encoded manifest has, is there for validation as a whole.
+    `config.speakers` does not apply, since no speaker is in two splits. A table that is used for validation only and
+    has nothing but a training split, such as an encoded manifest, is used as a whole.
     """
     sources = config.training_sources()
     if split == "validation" and config.val_manifest_path:
@@ -214,7 +214,7 @@ def held_out_table(config: DatasetConfig, split: str, codec_sha256: str | None) 
 
 
 def with_tables(config: DatasetConfig, table_of: Callable[[str], str]) -> DatasetConfig:
-    """Return the same with another table in the place of each, for manifests that are encoded."""
+    """Return a copy with `table_of(path)` for each path, such as encoded tables for manifests."""
     return replace(
         config,
         manifest_path=config.manifest_path and table_of(config.manifest_path),
@@ -225,14 +225,14 @@ def with_tables(config: DatasetConfig, table_of: Callable[[str], str]) -> Datase
 
 
 def is_manifest(path: str) -> bool:
-    """Say whether a path of the configuration is a JSONL manifest, which has to be encoded first."""
+    """Return whether a path of the configuration is a JSONL manifest, which has to be encoded first."""
     return path.endswith(".jsonl")
 
 
 def manifest_table(manifest: str, run_dir: str, duration_s: Seconds) -> Path:
-    """Return where a run keeps the codes of a manifest, as it is now, in windows of up to `duration_s`."""
+    """Return the folder for the codes of a manifest in its current content, in windows of up to `duration_s`."""
     name = hashlib.sha256(f"{Path(manifest).resolve()} {duration_s:g}".encode())
-    with suppress(OSError):  # that it cannot be read is said where it is
+    with suppress(OSError):  # read errors are reported when it is parsed
         name.update(Path(manifest).read_bytes())
     return Path(run_dir, "codes", f"{Path(manifest).stem}-{name.hexdigest()[:8]}")
 

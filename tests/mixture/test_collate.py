@@ -8,7 +8,7 @@ LAYOUT = Layout((0, 0, 2), 1, 1, 3, 0, 10, 8)
 
 
 def test_windows_end_with_no_token_for_the_largest_delay():
-    windows = [Window("a", "sad", np.full((3, 2), 5), 0), Window("b", "sad", np.full((3, 4), 6), 1)]
+    windows = [Window("a", np.full((3, 2), 5), 0), Window("b", np.full((3, 4), 6), 1)]
     batch = collate(windows, LAYOUT)
     assert batch.codes[:, 0].tolist() == [[5, 5, NO_TOKEN, NO_TOKEN, NO_TOKEN, NO_TOKEN], [6, 6, 6, 6, -1, -1]]
     assert batch.codes.shape == (2, 3, 6)

@@ -57,7 +57,7 @@ def make_loader(table, layout, tokenize, **options):
 
 
 def group(duration_s, weight=1.0, rows=None, names=None):
-    """A group of its own name and of windows of one second, unless told otherwise."""
+    """Return a group with a unique name and windows of one second by default."""
     rows = np.arange(duration_s) if rows is None else np.array(rows)
     return Group(names or (str(next(NUMBERS)),), weight, rows, float(duration_s))
 
@@ -73,9 +73,9 @@ def codes_of(batches):
         ([group(300), group(100)], Balance(temperature=0), [0.5, 0.5]),
         ([group(300), group(100, weight=3)], Balance(temperature=1), [0.5, 0.5]),
         ([group(900), group(100)], Balance(temperature=0.5), [0.75, 0.25]),
-        # the second would be passed five times; two at the most
+        # the second would be repeated five times; two is the maximum
         ([group(90), group(10)], Balance(temperature=0, max_repeats=2), [0.8, 0.2]),
-        # what the capped ones give up goes to the others in proportion
+        # the rest of a capped share goes to the others in proportion
         ([group(60), group(30), group(10)], Balance(temperature=0, max_repeats=1.5), [0.425, 0.425, 0.15]),
         ([group(60), group(30), group(10)], Balance(temperature=0, max_repeats=1), [0.6, 0.3, 0.1]),
         ([group(5)], Balance(), [1.0]),
@@ -102,7 +102,7 @@ def test_a_group_of_several_tables_is_shared_by_weight_and_seconds(groups, tempe
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_group_is_passed_more_often_than_allowed(seed):
+def test_no_group_exceeds_max_repeats(seed):
     rng = np.random.default_rng(seed)
     groups = [
         group(rng.uniform(1, 1000), weight=rng.uniform(0.1, 10), rows=range(rng.integers(1, 100)))
@@ -159,7 +159,7 @@ def test_micro_batches_stay_within_the_budget_and_lose_no_window():
     assert sorted(drawn) == list(range(300))  # three pools, each used up before the next is drawn
 
 
-def test_padding_is_little(table, layout, tokenize):
+def test_padding_is_at_most_10_percent(table, layout, tokenize):
     batches = list(islice(make_loader(table, layout, tokenize, batch_size=8).batches(), 20))
     padded = np.concatenate([(batch.codes[:, 1] == NO_TOKEN).numpy().ravel() for batch in batches])
     assert padded.mean() <= 0.10
@@ -178,14 +178,14 @@ def test_starting_later_gives_the_same_batches(table, layout, tokenize, start):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_deal_out_the_batches_of_one(table, layout, tokenize, world_size):
+def test_processes_split_the_batches_of_one_process(table, layout, tokenize, world_size):
     straight = codes_of(islice(make_loader(table, layout, tokenize).batches(), 12))
     for rank in range(world_size):
         loader = make_loader(table, layout, tokenize, rank=rank, world_size=world_size)
         assert codes_of(islice(loader.batches(), 12 // world_size)) == straight[rank::world_size]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(table, layout, tokenize):
+def test_a_run_resumes_with_another_number_of_processes(table, layout, tokenize):
     straight = codes_of(islice(make_loader(table, layout, tokenize).batches(), 12))
     for rank in range(2):
         loader = make_loader(table, layout, tokenize, rank=rank, world_size=2)
@@ -251,7 +251,7 @@ def test_validation_windows_are_a_fixed_set(table):
     assert len(rows) == len(set(rows)) == 6
 
 
-def test_no_window_left_is_an_error(base, codes, layout, tokenize):
+def test_a_mixture_without_windows_is_an_error(base, codes, layout, tokenize):
     table = WindowTable([Source(str(codes))], "train", codec_sha256=codec_sha256(base), emotions=["disgust"])
     assert "disgust" in EMOTIONS
     with pytest.raises(UserError, match="No training windows"):

@@ -69,11 +69,11 @@ def test_replay_comes_on_top_of_an_epoch(config, folder):
     assert "train 1.00" in text
 
 
-def test_a_cap_that_binds_is_marked(config):
+def test_capped_groups_are_marked(config):
     text = describe(config(balance=Balance(temperature=0, max_repeats=2))).render()
     assert [line.split()[:2] for line in text.splitlines() if line.endswith("*")] == [["ravdess", "happy"]]
     assert re.search(r"ravdess +happy .* 2\.00 \*", text)
-    assert "* held at dataset.balance.max_repeats 2" in text
+    assert "* capped at dataset.balance.max_repeats 2" in text
     assert "max_repeats" not in describe(config(balance=Balance(max_repeats=100))).render()
 
 
@@ -109,7 +109,7 @@ def test_a_manifest_that_is_encoded_is_described(config, folder, monkeypatch):
     assert re.search(r"dialogues +unlabelled +5 ", text)
 
 
-def test_of_very_many_groups_the_largest_are_shown(tmp_path, monkeypatch):
+def test_only_the_largest_of_many_groups_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_GROUPS", 3)
     table = write(tmp_path / "many", {emotion: 0.1 * (i + 1) for i, emotion in enumerate(EMOTIONS)})
     description = describe(RunConfig(dataset=DatasetConfig(manifest_path=table)))
@@ -123,7 +123,7 @@ def test_of_very_many_groups_the_largest_are_shown(tmp_path, monkeypatch):
     assert sum(line.num_windows for line in description.shown()) == 55
 
 
-def test_the_picture_of_four_corpora_with_ten_emotions_is_readable(tmp_path, monkeypatch):
+def test_the_plot_of_four_corpora_with_ten_emotions_is_readable(tmp_path, monkeypatch):
     sources = [
         Source(str(write_random_codes(tmp_path / name, map(RandomWindow, EMOTIONS), num_codebooks=1)))
         for name in ("ravdess", "crema_d", "esd", "msp_podcast")
@@ -143,7 +143,7 @@ def test_the_picture_of_four_corpora_with_ten_emotions_is_readable(tmp_path, mon
     assert min(box.x0 for box in boxes) >= 0  # nor outside
 
 
-def test_the_same_mixture_gives_the_same_picture(config, tmp_path):
+def test_the_same_mixture_gives_the_same_plot(config, tmp_path):
     for name in ("a.png", "b.png"):
         describe(config()).draw(tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

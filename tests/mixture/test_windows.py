@@ -49,7 +49,7 @@ def train(*folders, **options):
         ({"emotions": ["sad"], "languages": ["en"], "speakers": ["esd-0011"]}, 1),
     ],
 )
-def test_filters_keep_what_they_name(esd, filters, kept):
+def test_filters_keep_matching_windows(esd, filters, kept):
     table = train(esd, **filters)
     assert len(table) == kept
     for name, column in [("emotions", table.emotions), ("languages", table.languages), ("speakers", table.speakers)]:
@@ -70,25 +70,25 @@ def test_filters_keep_what_they_name(esd, filters, kept):
         ({"speakers": ["esd-0013"]}, "'esd-0013', which no training window has", "esd-0012"),  # it is in validation
     ],
 )
-def test_a_filter_that_names_nothing_is_an_error(esd, filters, named, remedy):
+def test_a_filter_value_without_windows_is_an_error(esd, filters, named, remedy):
     with pytest.raises(UserError) as caught:
         train(esd, **filters)
     assert named in caught.value.problem
     assert remedy in caught.value.remedy
 
 
-def test_of_many_speakers_the_message_lists_a_few(tmp_path):
+def test_the_message_lists_only_a_few_of_many_speakers(tmp_path):
     many = write_random_codes(tmp_path / "many", [RandomWindow("sad", 5, f"{i:02d}") for i in range(20)])
     with pytest.raises(UserError, match="many-11 and 8 more"):
         train(many, speakers=["nobody"])
 
 
-def test_validation_takes_emotions_and_languages_but_keeps_its_own_speakers(esd):
+def test_validation_is_filtered_by_emotion_and_language_but_not_by_speaker(esd):
     config = DatasetConfig(
         manifest_path=str(esd), emotions=["happy", "angry"], languages=["en"], speakers=["esd-0011"]
     )
     table = held_out_table(config, "validation", None)
-    assert (table.speakers, table.emotions) == (["esd-0013"], ["happy"])  # it has nothing angry, which is no error
+    assert (table.speakers, table.emotions) == (["esd-0013"], ["happy"])  # no angry windows, which is no error
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_source_without_training_windows_is_named(esd, tmp_path):
         train(esd, held_out)
 
 
-def test_half_a_table_is_refused(esd, tmp_path):
+def test_an_incomplete_table_is_refused(esd, tmp_path):
     copy = shutil.copytree(esd, tmp_path / "esd")
     next(copy.glob("data/train/*.parquet")).unlink()
     with pytest.raises(UserError, match="/esd: not a whole table"):
@@ -145,13 +145,13 @@ def test_half_a_table_is_refused(esd, tmp_path):
 
 
 @pytest.mark.parametrize("is_replay", [False, True], ids=["in sources", "in replay"])
-def test_a_table_is_named_once(esd, is_replay):
+def test_a_table_named_twice_is_an_error(esd, is_replay):
     again = f"{esd}/../{esd.name}"
     with pytest.raises(UserError, match="are one table"):
         train(esd, replay=Replay(again, 0.1)) if is_replay else train(esd, again)
 
 
-def test_of_each_source_it_is_said_what_the_filters_leave_out(esd, ravdess):
+def test_the_number_of_windows_left_out_is_reported_for_each_source(esd, ravdess):
     table = train(esd, ravdess, emotions=["happy", "calm"], replay=None)
     assert table.left_out() == [
         f"{esd}: 8 of 12 windows left out by the filters",
@@ -160,10 +160,10 @@ def test_of_each_source_it_is_said_what_the_filters_leave_out(esd, ravdess):
     assert train(esd, ravdess).left_out() == []
 
 
-def test_a_table_without_a_language_column_says_none(tmp_path):
+def test_a_table_without_a_language_column_has_no_languages(tmp_path):
     old = write_random_codes(tmp_path / "old", [RandomWindow("sad")] * 2, without=("language",))
     assert train(old).languages == [None, None]
-    with pytest.raises(UserError, match=r"dataset.languages has 'en'.*\nThey name none."):
+    with pytest.raises(UserError, match=r"dataset.languages has 'en'.*\nThe tables have none."):
         train(old, languages=["en"])
 
 
@@ -184,7 +184,7 @@ def test_tables_of_different_codecs_are_refused(tmp_path, codec_sha256, named):
         WindowTable([Source(str(first)), Source(str(second))], "train", codec_sha256=codec_sha256)
 
 
-def test_a_prepared_corpus_is_not_taken_for_codes(prepared, monkeypatch):
+def test_a_prepared_table_is_refused_as_codes(prepared, monkeypatch):
     monkeypatch.setattr(hf_csm.mixture.windows, "find_table", lambda name, revision=None: prepared)
     with pytest.raises(UserError, match="user/a is not a table of codes.\nRun `hf-csm encode user/a "):
         WindowTable([Source("user/a")], "train", codec_sha256=None)
@@ -215,7 +215,7 @@ def test_a_table_for_validation_alone_may_have_training_windows_only(esd, tmp_pa
     assert set(held_out_table(config, "validation", None).corpora) == {"dialogues"}
 
 
-def test_what_is_trained_on_is_never_taken_for_validation(esd, tmp_path):
+def test_training_windows_are_never_used_for_validation(esd, tmp_path):
     copy = shutil.copytree(esd, tmp_path / "esd")
     shutil.rmtree(copy / "data" / "validation")
     restate_sizes(copy)
@@ -234,7 +234,7 @@ def test_with_tables_changes_every_path():
     assert with_tables(DatasetConfig(), str.upper) == DatasetConfig()
 
 
-def test_the_codes_of_a_manifest_have_a_place_of_their_own():
+def test_each_manifest_has_its_own_folder_of_codes():
     places = {
         manifest_table(*args) for args in [("a/t.jsonl", "r", 80), ("b/t.jsonl", "r", 80), ("a/t.jsonl", "r", 8)]
     }
@@ -243,7 +243,7 @@ def test_the_codes_of_a_manifest_have_a_place_of_their_own():
     assert manifest_table("a/t.jsonl", "r", 80) == manifest_table("./a/t.jsonl", "r", 80.0)
 
 
-def test_a_changed_manifest_has_another_place(tmp_path):
+def test_a_changed_manifest_has_another_folder(tmp_path):
     manifest = tmp_path / "t.jsonl"
     manifest.write_text("{}\n")
     before = manifest_table(str(manifest), "r", 80)
