@@ -30,6 +30,7 @@ from hf_csm.encode.compose import MOSHI, USER, Clip, Composition, Conversation, 
 from hf_csm.encode.report import EncodeReport, count_groups
 from hf_csm.encode.run import encode_units
 from hf_csm.errors import UserError
+from hf_csm.files import read_json
 from hf_csm.models.family import Codec
 from hf_csm.units import (
     SAMPLE_RATE,
@@ -213,12 +214,7 @@ def read_alignments(audio: Path) -> list[Alignment]:
     """
     path = audio.with_suffix(".json")
     remedy = 'It has {"alignments": [["word", [start, end], "SPEAKER_MAIN"], ...]}; annotate the audio again.'
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["alignments"]
-    except OSError as error:
-        raise UserError(f"{path}: no alignments of {audio.name}: {error.strerror}.", remedy) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged alignments: no JSON object with a list of them.", remedy) from error
+    entries = read_json(path, remedy).get("alignments")
     words = []
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         match entry:

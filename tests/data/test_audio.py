@@ -37,19 +37,19 @@ def test_other_formats_read_too(options):
     np.testing.assert_allclose(samples, tone(), atol=1e-4)
 
 
-def test_unequal_channels_are_averaged():
+def test_channels_are_averaged():
     samples, _, channels = read_audio(as_file(np.stack([tone(), 0 * tone()], axis=1), format="WAV"))
     assert channels == 2
     np.testing.assert_allclose(samples, tone() / 2, atol=1e-4)
 
 
 @pytest.mark.parametrize("content", [b"", b"this is not a wav", b"RIFF\x10\0\0\0WAVEjunkjunk"])
-def test_what_is_not_a_sound_file_is_an_error_that_names_it(content):
+def test_a_file_that_is_not_audio_is_an_error_that_names_it(content):
     with pytest.raises(UserError, match="clip.wav"):
         read_audio(content, "clip.wav")
 
 
-def test_a_wav_cut_short_is_an_error():
+def test_a_truncated_wav_is_an_error():
     content = wav_bytes(tone())
     with pytest.raises(UserError, match="cut short"):
         read_audio(content[: len(content) * 3 // 4], "clip.wav")
@@ -88,7 +88,7 @@ def test_the_hash_is_of_the_samples_not_of_the_file():
     ("loudest", "message"),
     [(np.nan, "no finite numbers"), (-np.inf, "no finite numbers"), (9_000.0, "samples reach 9,000")],
 )
-def test_float_samples_that_are_no_sound_are_an_error(loudest, message):
+def test_invalid_float_samples_are_an_error(loudest, message):
     samples = tone()
     samples[7] = loudest
     with pytest.raises(UserError, match=rf"clip\.wav: .*{message}") as error:
@@ -98,7 +98,7 @@ def test_float_samples_that_are_no_sound_are_an_error(loudest, message):
 
 @pytest.mark.parametrize("options", [{"format": "AIFF"}, {"format": "AU"}, {"format": "OGG", "subtype": "VORBIS"}])
 @pytest.mark.parametrize("share", [0.75, 0.97])
-def test_other_formats_cut_short_are_errors(options, share):
+def test_truncated_files_of_other_formats_are_errors(options, share):
     content = as_file(np.random.default_rng(0).normal(0, 0.1, 48_000), **options)
     assert len(read_audio(content)[0]) == 48_000
     with pytest.raises(UserError, match="cut short"):
@@ -106,7 +106,7 @@ def test_other_formats_cut_short_are_errors(options, share):
 
 
 @pytest.mark.parametrize("size", [0x7FFFF024, 0xFFFFFFFF])
-def test_a_wav_written_to_a_pipe_has_a_size_that_means_nothing(size):
+def test_the_placeholder_size_of_a_piped_wav_is_ignored(size):
     content = bytearray(as_file(tone(), format="WAV", subtype="FLOAT"))
     content[4:8] = size.to_bytes(4, "little")
     assert len(read_audio(bytes(content))[0]) == len(tone())

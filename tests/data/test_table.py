@@ -31,7 +31,7 @@ def write_rows(path, rows):
     return path
 
 
-def test_files_depend_on_the_rows_and_not_on_how_they_come(tmp_path):
+def test_files_depend_on_the_rows_and_not_on_the_size_of_writes(tmp_path):
     rows = [window(index) for index in range(70)]
     whole = write_rows(tmp_path / "a.parquet", rows)
     with ShardWriter(tmp_path / "b.parquet", WINDOW_FEATURES) as writer:
@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_rows_are_reached_at_random_within_the_memory_bound(tmp_path):
+def test_random_access_stays_within_the_memory_limit(tmp_path):
     files = [write_rows(tmp_path / f"{n}.parquet", [window(n * 100 + i) for i in range(75)]) for n in range(2)]
     table = ParquetRows(files, columns=["id", "codes"], cache_bytes=1)
     assert (len(table), table.num_rows(1)) == (150, 75)
@@ -62,12 +62,12 @@ def test_rows_are_reached_at_random_within_the_memory_bound(tmp_path):
         table.row(0, 75)
 
 
-def test_columns_come_in_the_order_of_files_and_rows(tmp_path):
+def test_columns_keep_the_order_of_files_and_rows(tmp_path):
     files = [write_rows(tmp_path / f"{n}.parquet", [window(n * 10 + i) for i in range(3)]) for n in (0, 1)]
     assert read_columns(files, ["id"])["id"].to_pylist() == ["w0", "w1", "w2", "w10", "w11", "w12"]
 
 
-def test_lists_of_unequal_length_are_no_array():
+def test_lists_of_unequal_length_are_rejected():
     with pytest.raises(AssertionError):
         nested_to_numpy(pa.array([[1, 2], [3]]))
 
@@ -105,14 +105,14 @@ def test_datasets_loads_and_streams_a_table(table, tmp_path):
     assert loaded["train"][1]["codes"] == window(1)["codes"]
 
 
-def test_the_card_gives_back_our_metadata(table):
+def test_the_card_stores_our_metadata(table):
     assert read_card_metadata(table) == {"stage": "codes", "codec": {"sha256": "abc"}}
     assert [path.name for path in split_files(table, "train")] == ["happy-00000-of-00001.parquet"]
     assert split_files(table, "validation") == []
 
 
 @pytest.mark.parametrize("card", [None, "# Hello\n", "---\nlicense: mit\n---\n", "---\n[\n---\n"])
-def test_a_folder_that_is_no_table_of_ours_is_an_error(tmp_path, card):
+def test_a_folder_that_is_not_a_table_is_an_error(tmp_path, card):
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     with pytest.raises(UserError, match="not a table"):

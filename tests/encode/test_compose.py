@@ -47,7 +47,7 @@ def samples_of(clip):
 COMPOSITION = Composition(duration_s=20.0)
 
 
-def test_a_conversation_has_one_moshi_voice_and_emotion():
+def test_a_conversation_has_one_speaker_and_emotion_on_moshis_channel():
     for conversation in plan_conversations(make_clips(), COMPOSITION):
         moshi = [turn.clip for turn in conversation.turns if turn.channel == MOSHI]
         assert {clip.speaker_id for clip in moshi} == {conversation.speaker_id}
@@ -65,7 +65,7 @@ def test_the_user_is_always_another_speaker():
     assert all(moshi != user for moshi, user in turns)
 
 
-def test_every_clip_is_moshis_exactly_once_in_a_variant():
+def test_every_clip_is_used_for_moshi_exactly_once_in_a_variant():
     clips = make_clips()
     conversations = plan_conversations(clips, COMPOSITION)
     spoken = [t.clip.id for conversation in conversations for t in conversation.turns if t.channel == MOSHI]
@@ -98,7 +98,7 @@ def test_a_clip_that_fits_no_conversation_is_left_out():
     assert spoken < {clip.id for clip in clips}
 
 
-def test_unlabelled_clips_are_the_users_only():
+def test_unlabelled_clips_are_used_for_the_user_only():
     clips = [*make_clips(2), make_clip(0, speaker=9, emotion=None)]
     turns = [t for c in plan_conversations(clips, COMPOSITION) for t in c.turns]
     assert all(turn.clip.emotion is not None for turn in turns if turn.channel == MOSHI)
@@ -140,19 +140,19 @@ def test_the_users_of_a_block_come_from_few_row_groups(many_clips):
     assert len(set.union(*blocks)) > 4 * len(blocks) / 2  # other ones in every block
 
 
-def test_a_small_table_gives_users_from_all_of_it(many_clips):
+def test_users_come_from_all_of_a_small_table(many_clips):
     conversations = plan_conversations([dataclasses.replace(c, place=(0, 0)) for c in many_clips], COMPOSITION)
     users = {turn.clip.speaker_id for c in conversations[:40] for turn in c.turns if turn.channel == USER}
     assert len(users) > 20
 
 
-def test_a_lone_speaker_hears_room_tone():
+def test_a_single_speaker_gets_room_tone_on_the_other_channel():
     conversations = plan_conversations(make_clips(num_speakers=1), COMPOSITION)
     assert conversations
     assert all(turn.channel == MOSHI for conversation in conversations for turn in conversation.turns)
 
 
-def test_the_plan_depends_on_nothing_but_its_arguments():
+def test_the_plan_is_a_pure_function_of_its_arguments():
     clips = make_clips()
     assert plan_conversations(clips, COMPOSITION) == plan_conversations(clips, COMPOSITION)
     assert plan_conversations(clips, COMPOSITION, variant=1) != plan_conversations(clips, COMPOSITION, variant=0)
@@ -165,7 +165,7 @@ def test_variants_have_ids_of_their_own():
     assert len(ids) == len(set(ids))
 
 
-def test_neither_channel_is_ever_digitally_silent_nor_a_copy():
+def test_no_channel_is_digitally_silent_or_a_copy():
     for conversation in plan_conversations(make_clips(), COMPOSITION)[:3]:
         waveform = compose(conversation, samples_of, COMPOSITION)
         assert waveform.shape == (2, conversation.num_samples)
@@ -176,7 +176,7 @@ def test_neither_channel_is_ever_digitally_silent_nor_a_copy():
 
 
 @pytest.mark.parametrize("margin_s", [0.0, 0.2, 9.0])
-def test_the_waveform_at_a_words_time_is_the_clips(margin_s):
+def test_word_times_match_the_waveform(margin_s):
     """The heart of the text stream: a word is heard where its time says, however much of the clip is cut away."""
     quiet = Composition(duration_s=20.0, room_tone_db=(-90.0, -90.0))
     for conversation in plan_conversations(make_clips(margin_s=margin_s), quiet):
@@ -215,7 +215,7 @@ def test_turns_and_words_are_stored_in_seconds():
 
 
 @pytest.mark.parametrize("level_db", [-70.0, -55.0])
-def test_room_tone_has_the_level_it_is_given(level_db):
+def test_room_tone_has_the_requested_level(level_db):
     tone = room_tone(100_000, np.random.default_rng(0), (level_db, level_db))
     assert 20 * np.log10(tone.std()) == pytest.approx(level_db, abs=0.5)
 

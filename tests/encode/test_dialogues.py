@@ -71,7 +71,7 @@ def test_words_go_to_the_window_they_begin_in(tmp_path):
     assert words == [[("early", 0.5, 0.7, 1), ("late", 7.9, 8.0, 0)], [("next", 0.0, pytest.approx(0.2), 1)]]
 
 
-def test_turns_are_what_a_channel_says_before_the_other_does(tmp_path):
+def test_a_turn_is_a_run_of_words_of_one_channel(tmp_path):
     alignments = [
         ["a", [1.0, 1.5], "X"],
         ["b", [2.0, 2.5], "X"],
@@ -84,7 +84,7 @@ def test_turns_are_what_a_channel_says_before_the_other_does(tmp_path):
 
 
 @pytest.mark.parametrize(("sample_rate", "duration_s"), [(8_000, 6.0), (16_000, 6.64), (44_100, 6.0), (44_100, 6.64)])
-def test_windows_of_another_rate_join_without_a_seam(tmp_path, sample_rate, duration_s):
+def test_resampled_windows_join_without_a_seam(tmp_path, sample_rate, duration_s):
     samples = tones(17.0, sample_rate, frequencies=(200.3, 300.7))
     rows = [write_dialogue(tmp_path, "a.flac", samples=samples, duration_s=17.0, sample_rate=sample_rate)]
     dialogues = open_dialogues(tmp_path, rows, Composition(duration_s=duration_s))
@@ -102,7 +102,7 @@ def test_windows_of_another_rate_join_without_a_seam(tmp_path, sample_rate, dura
     ],
     ids=["the main speaker is Moshi wherever there is one", "else who speaks first in a recording"],
 )
-def test_who_is_moshi(tmp_path, speakers, channels):
+def test_moshi_is_the_main_or_the_first_speaker(tmp_path, speakers, channels):
     rows = [
         write_dialogue(
             tmp_path, f"{i}.wav", [["w", [j + 1.0, j + 1.5], who] for j, who in enumerate(names)], duration_s=5
@@ -114,7 +114,7 @@ def test_who_is_moshi(tmp_path, speakers, channels):
     assert found == channels
 
 
-def test_room_for_the_prefix_is_made_where_there_is_none(tmp_path):
+def test_room_tone_is_inserted_where_the_prefix_has_no_room(tmp_path):
     rows = [
         write_dialogue(tmp_path, "early.wav", [["hi", [0.3, 0.6], "SPEAKER_MAIN"]], duration_s=5.0, emotion="happy"),
         write_dialogue(tmp_path, "user.wav", [["hi", [0.3, 0.6], "B"]], duration_s=5.0, emotion="happy"),
@@ -157,7 +157,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     }
 
 
-def test_recordings_of_one_name_in_two_folders_stay_apart(tmp_path):
+def test_recordings_of_one_name_in_two_folders_get_different_ids(tmp_path):
     rows = [write_dialogue(tmp_path, f"{folder}/talk.wav", duration_s=5.0) for folder in "ab"]
     segments = open_dialogues(tmp_path, rows).segments
     assert [segment.speaker_id for segment in segments] == ["talk-a-talk", "talk-b-talk"]
@@ -178,7 +178,7 @@ def manifest(tmp_path):
     return write_manifest(tmp_path / "raw", rows)
 
 
-def test_the_table_has_cells_with_and_without_emotion(manifest, mimi, tmp_path):
+def test_the_table_has_groups_with_and_without_emotion(manifest, mimi, tmp_path):
     report = encode_talk(manifest, tmp_path / "out", mimi)
     assert {group: count for group, (count, _) in report.groups.items()} == {
         ("train", "unlabelled"): 6,
@@ -204,7 +204,7 @@ def test_the_table_has_cells_with_and_without_emotion(manifest, mimi, tmp_path):
     assert "license: other" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_stopped_or_shared_it_gives_the_same_table(manifest, mimi, tmp_path, monkeypatch):
+def test_interrupted_and_shared_runs_give_the_same_table(manifest, mimi, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_csm.encode.compose.BLOCK_CONVERSATIONS", 2)
     encode_talk(manifest, tmp_path / "straight", mimi)
     real, calls = MimiCodec.encode, []
@@ -245,13 +245,13 @@ def test_a_row_may_name_the_language(tmp_path):
     assert [segment.language for segment in open_dialogues(tmp_path, rows).segments] == ["en", "zh", None]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_manifest(tmp_path):
+def test_a_byte_order_mark_in_a_manifest_is_ignored(tmp_path):
     manifest = write_manifest(tmp_path, [write_dialogue(tmp_path, "a.wav", duration_s=5.0)])
     manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes())
     assert len(Dialogues(manifest, "talk", COMPOSITION).segments) == 1
 
 
-def test_a_manifest_named_after_a_split_is_of_its_folders_corpus(tmp_path, mimi):
+def test_a_manifest_named_after_a_split_takes_its_folders_name(tmp_path, mimi):
     rows = [write_dialogue(tmp_path / "Daily Talk", "a.wav", duration_s=2.0)]
     manifest = write_manifest(tmp_path / "Daily Talk", rows)
     manifest = manifest.rename(manifest.with_name("train.jsonl"))
@@ -260,7 +260,7 @@ def test_a_manifest_named_after_a_split_is_of_its_folders_corpus(tmp_path, mimi)
     assert not encode_talk(manifest, tmp_path / "out", mimi).is_new
 
 
-def test_the_corpus_is_named_after_the_manifest_unless_it_is_told(manifest, mimi, tmp_path):
+def test_the_corpus_is_named_after_the_manifest_by_default(manifest, mimi, tmp_path):
     renamed = manifest.rename(manifest.with_name("Daily Talk-2.jsonl"))
     encode_talk(renamed, tmp_path / "out", mimi)
     assert read_card_metadata(tmp_path / "out")["corpus"] == "daily_talk_2"
@@ -292,8 +292,8 @@ BAD_INPUT = {
         lambda raw: write_dialogue(raw, "a.wav", samples=tones(5.0, 24_000)[:, 0]),
         "1 channel.\nTwo .* left.* right",
     ),
-    "no alignments": (lambda raw: (raw / "a.json").unlink(), "a.json: no alignments"),
-    "alignments cut short": (lambda raw: (raw / "a.json").write_text('{"alignments": [["'), "a.json: damaged"),
+    "no alignments": (lambda raw: (raw / "a.json").unlink(), "a.json: no such file"),
+    "alignments cut short": (lambda raw: (raw / "a.json").write_text('{"alignments": [["'), "a.json: not valid JSON"),
     "no list of them": (lambda raw: (raw / "a.json").write_text('{"alignments": 3}'), "damaged .* entry 0 is '3'"),
     "no times": (lambda raw: write_dialogue(raw, "a.wav", [TALK[0], ["x", 3, "A"]]), "damaged .* entry 1"),
     "times of text": (lambda raw: write_dialogue(raw, "a.wav", [["x", ["1", "2"], "A"]]), "damaged .* entry 0"),
@@ -317,6 +317,6 @@ def test_bad_input_is_refused_by_name(tmp_path, damage, problem):
     assert not (tmp_path / "out").exists()
 
 
-def test_windows_that_cannot_hold_a_lead_in_are_refused(tmp_path):
+def test_windows_too_short_for_a_lead_in_are_refused(tmp_path):
     with pytest.raises(UserError, match="Windows of 3 seconds"):
         open_dialogues(tmp_path, [write_dialogue(tmp_path, "a.wav")], Composition(duration_s=3.0))

@@ -115,13 +115,13 @@ def test_no_word_is_lost_between_chunks(exported, windows):
         assert words == expected
 
 
-def test_both_speakers_are_named_and_words_come_by_time(exported):
+def test_both_speakers_are_named_and_words_are_sorted_by_time(exported):
     alignments = [json.loads(path.read_text())["alignments"] for path in exported.glob("*/*.json")]
     assert {entry[2] for entries in alignments for entry in entries} == {"SPEAKER_MAIN", "SPEAKER_USER"}
     assert all(entries == sorted(entries, key=lambda entry: entry[1][0]) for entries in alignments)
 
 
-def test_read_back_the_sound_is_that_of_the_conversations_to_16_bits(exported, prepared):
+def test_exported_audio_equals_the_conversations_to_16_bits(exported, prepared):
     corpus = PreparedCorpus(prepared)
     units, _ = corpus.plan(COMPOSITION, 1, "acted")
     conversations = [c for unit in units if unit.split == "train" for c in unit.conversations]
@@ -136,7 +136,7 @@ def test_read_back_the_sound_is_that_of_the_conversations_to_16_bits(exported, p
         )
 
 
-def test_read_back_the_table_is_that_of_encode_to_what_rounding_changes(
+def test_an_encoded_export_equals_the_table_of_encode_up_to_rounding(
     exported, windows, prepared, tiny_moshi, tmp_path
 ):
     """The words are the same; so are nearly all codes: a sample that is rounded may flip one, and all that follow."""
@@ -161,7 +161,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("num_calls", [1, 4])
-def test_a_stopped_export_goes_on(exported, prepared, tmp_path, monkeypatch, num_calls):
+def test_an_interrupted_export_resumes(exported, prepared, tmp_path, monkeypatch, num_calls):
     real, calls = soundfile.write, []
 
     def stop(*args, **options):
@@ -186,7 +186,7 @@ def test_exporting_again_does_nothing(exported, prepared):
     assert {path: path.stat().st_mtime_ns for path in exported.rglob("*")} == before
 
 
-def test_what_else_is_at_out_is_kept(codes, prepared, exported):
+def test_another_table_at_out_is_not_replaced(codes, prepared, exported):
     for out, options in ((codes, {}), (exported, {"variants": 2})):
         with pytest.raises(UserError, match="holds something else"):
             export(prepared, out, **options)
@@ -197,13 +197,13 @@ def test_codes_are_not_exported(codes, tmp_path):
         export(codes, tmp_path / "out")
 
 
-def test_the_terms_of_the_corpus_go_with_it(exported, prepared):
+def test_the_card_has_the_terms_of_the_corpus(exported, prepared):
     card = (exported / "README.md").read_text()
     assert read_card_metadata(prepared)["notice"] in card
     assert "license: cc-by-nc-sa-4.0" in card
 
 
-def test_encoded_again_it_is_of_the_same_corpus_under_the_same_terms(exported, tiny_moshi, tmp_path):
+def test_an_encoded_export_keeps_corpus_and_terms(exported, tiny_moshi, tmp_path):
     """So that a corpus that may not be published is not under another name."""
     raw = shutil.copytree(exported, tmp_path / "raw")
     card = raw / "README.md"
@@ -218,7 +218,7 @@ def test_encoded_again_it_is_of_the_same_corpus_under_the_same_terms(exported, t
         assert metadata[key] == expected[key]
 
 
-def test_a_name_that_no_file_can_have_is_written_another_way():
+def test_ids_are_quoted_in_file_names():
     metadata = {"corpus": "mine"}
     unit = type("Unit", (), {"split": "train"})
     conversation = type("Conversation", (), {"id": "a/b c-happy-v0-0000"})

@@ -47,7 +47,7 @@ VOTED = [make_row("a1", "happy", "happy"), make_row("a2", "happy", "sad"), make_
         ("agreed", {"a1": "happy"}, {"without a perceived emotion that is the acted one": 2}),
     ],
 )
-def test_the_label_chooses_what_moshi_is_taught(tmp_path, label, expected, dropped):
+def test_the_label_selects_the_emotion(tmp_path, label, expected, dropped):
     units, counts = plan_units(write_rows(tmp_path, VOTED), COMPOSITION, 1, label)
     assert {clip.id: clip.emotion for clip in turns_of(units, MOSHI)} == expected
     assert {(unit.group, c.emotion) for unit in units for c in unit.conversations} == {
@@ -56,7 +56,7 @@ def test_the_label_chooses_what_moshi_is_taught(tmp_path, label, expected, dropp
     assert counts == dropped
 
 
-def test_a_clip_without_the_label_can_still_be_the_users(tmp_path):
+def test_a_clip_without_the_label_can_be_used_for_the_user(tmp_path):
     files = write_rows(tmp_path, [*VOTED, *(make_row(f"a{i}", "happy", "happy") for i in range(3, 20))])
     units, _ = plan_units(files, COMPOSITION, 1, "agreed")
     assert {clip.id for clip in turns_of(units, USER)} == {"b1"}
@@ -90,7 +90,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path):
     }
 
 
-def test_times_are_those_of_the_clips_own_words(tmp_path):
+def test_clips_are_trimmed_to_their_words(tmp_path):
     rows = [
         make_row("a1", "happy", words=[]),
         make_row("a2", "happy", words=[{"word": "oh", "start_s": 1.0, "end_s": 1.25}]),

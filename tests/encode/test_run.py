@@ -79,7 +79,7 @@ def test_stored_codes_are_those_of_the_streaming_encoder(codes, prepared, mimi):
         np.testing.assert_array_equal(stored[f"ravdess-{conversation.id}"], streamed.numpy())
 
 
-def test_rows_stand_in_the_order_of_the_plan(codes, prepared):
+def test_rows_are_in_the_order_of_the_plan(codes, prepared):
     files = [path for split in SPLITS for path in split_files(prepared, split)]
     units, _ = plan_units(files, COMPOSITION, variants=1)
     planned = [f"ravdess-{conversation.id}" for unit in units for conversation in unit.conversations]
@@ -87,7 +87,7 @@ def test_rows_stand_in_the_order_of_the_plan(codes, prepared):
     assert read_columns(written, ["id"]).column("id").to_pylist() == planned
 
 
-def test_words_lie_inside_the_turns_of_their_channel(codes):
+def test_words_are_inside_the_turns_of_their_channel(codes):
     rows = load_dataset(str(codes), split="train")
     assert all(0 <= w["start_s"] < w["end_s"] <= row["num_frames"] / 12.5 for row in rows for w in row["words"])
     for row in rows:
@@ -135,7 +135,7 @@ def straight(small_units, prepared, mimi, tmp_path):
     return files_of(tmp_path / "straight")
 
 
-def test_a_stopped_run_goes_on_and_gives_the_same_table(straight, prepared, mimi, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_same_table(straight, prepared, mimi, tmp_path, monkeypatch):
     """It stops before its first batch, then three further on, and so on, until it is through."""
     calls = []
 
@@ -160,7 +160,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_table(straight, prepared, mimi
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (2, 0, 1)])
-def test_many_processes_make_the_table_of_one(straight, prepared, mimi, tmp_path, order):
+def test_several_processes_give_the_table_of_one(straight, prepared, mimi, tmp_path, order):
     *first, last = [encode_some(prepared, tmp_path / "out", mimi, rank=rank, world_size=len(order)) for rank in order]
     assert not any(report.is_complete for report in first)
     assert "Other processes" in first[0].render()
@@ -176,7 +176,7 @@ def test_the_number_of_processes_may_change_between_runs(straight, prepared, mim
     assert files_of(tmp_path / "out") == straight
 
 
-def test_two_processes_at_once_make_the_table_of_one(straight, prepared, mimi, tmp_path):
+def test_two_concurrent_processes_give_the_table_of_one(straight, prepared, mimi, tmp_path):
     context = multiprocessing.get_context("fork")  # with the codec that takes no time
     processes = [
         context.Process(
@@ -193,7 +193,7 @@ def test_two_processes_at_once_make_the_table_of_one(straight, prepared, mimi, t
 
 
 @pytest.mark.parametrize("is_published", [True, False], ids=["published", "gone"])
-def test_a_run_whose_staging_another_one_removes_ends_well_if_the_table_is_there(
+def test_a_run_whose_staging_folder_is_removed_succeeds_if_the_table_is_published(
     straight, prepared, mimi, tmp_path, monkeypatch, is_published
 ):
     codec = MimiCodec.encode
@@ -216,7 +216,7 @@ def test_a_run_whose_staging_another_one_removes_ends_well_if_the_table_is_there
             encode_some(prepared, tmp_path / "out", mimi)
 
 
-def test_half_a_corpus_is_not_encoded(prepared, tmp_path):
+def test_an_incomplete_corpus_is_not_encoded(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "copy")
     next(copy.glob("data/train/*.parquet")).unlink()
     with pytest.raises(UserError, match="copy: not a whole table"):

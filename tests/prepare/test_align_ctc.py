@@ -71,13 +71,13 @@ def test_every_word_gets_a_time(aligner, clips):
         check_words(aligned, words, len(clip) / 24_000)
 
 
-def test_the_clips_beside_it_change_nothing_about_a_clip(aligner, clips):
+def test_alignment_does_not_depend_on_the_batch(aligner, clips):
     together = aligner.align(clips[0], 24_000, clips[1])
     alone = [aligner.align([clip], 24_000, [words])[0] for clip, words in zip(*clips, strict=True)]
     assert together == alone
 
 
-def test_the_outputs_in_a_batch_are_those_of_the_plain_model(aligner, clips):
+def test_batched_outputs_equal_those_of_the_plain_model(aligner, clips):
     import torch
 
     sounds = [clip[::2].copy() for clip in clips[0]]
@@ -88,7 +88,7 @@ def test_the_outputs_in_a_batch_are_those_of_the_plain_model(aligner, clips):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_above_the_transformer_sees_no_padding(tmp_path, clips):
+def test_an_adapter_after_the_transformer_gets_no_padding(tmp_path, clips):
     adapted = CtcAligner(write_model(tmp_path, UPPER, "layer", add_adapter=True, num_adapter_layers=1))
     words = [["Kids"], ["Dogs"], ["Dogs"]]
     alone = [adapted.align([clip], 24_000, [of_clip])[0] for clip, of_clip in zip(clips[0], words, strict=True)]
@@ -106,7 +106,7 @@ def test_an_adapter_above_the_transformer_sees_no_padding(tmp_path, clips):
         "no blanks between repeats",
     ],
 )
-def test_what_cannot_be_spelt_or_fitted_is_declined_and_its_neighbours_are_not(aligner, words, seconds):
+def test_words_that_cannot_be_spelled_or_do_not_fit_are_declined_clip_by_clip(aligner, words, seconds):
     samples = np.random.default_rng(0).normal(0, 0.1, 48_000).astype(np.float32)
     aligned = aligner.align([samples, samples[: round(seconds * 24_000)], samples], 24_000, [WORDS, words, WORDS])
     assert aligned[1] is None
@@ -128,7 +128,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize(("vocabulary", "words", "spelt"), SPELLINGS)
-def test_words_are_spelt_with_the_characters_of_the_model(tmp_path, vocabulary, words, spelt):
+def test_words_are_spelled_with_the_vocabulary_of_the_model(tmp_path, vocabulary, words, spelt):
     ids = CtcAligner(write_model(tmp_path, vocabulary))._spell_all(words)
     assert spelt == (None if ids is None else "".join(vocabulary[id_] for of_word in ids for id_ in of_word))
 
@@ -145,12 +145,12 @@ BORDERS = {
 
 
 @pytest.mark.parametrize(("spikes_s", "sound_s", "expected"), BORDERS.values(), ids=BORDERS.keys())
-def test_words_reach(spikes_s, sound_s, expected):
+def test_words_extend_to_pauses(spikes_s, sound_s, expected):
     duration_s = 8.0 if spikes_s[-1][1] > 1 else 1.0
     assert fill_gaps(spikes_s, np.array(sound_s), duration_s) == [pytest.approx(span) for span in expected]
 
 
-def test_prepare_uses_ctc_where_it_can_and_says_where_not(tmp_path):
+def test_prepare_falls_back_to_energy_and_reports_it(tmp_path):
     from hf_csm.corpora import make_builder
     from hf_csm.prepare.utterance import Shard, Tally, Utterance
 
@@ -178,7 +178,7 @@ def test_a_folder_without_a_ctc_model_is_an_error(tmp_path):
         CtcAligner(str(tmp_path))
 
 
-def test_a_model_that_never_learnt_to_recognise_speech_is_an_error(tmp_path):
+def test_a_model_without_a_trained_ctc_head_is_an_error(tmp_path):
     from transformers import Wav2Vec2Model
 
     folder = write_model(tmp_path / "whole", UPPER)
@@ -187,7 +187,7 @@ def test_a_model_that_never_learnt_to_recognise_speech_is_an_error(tmp_path):
         CtcAligner(folder)
 
 
-def test_a_blank_that_is_no_output_is_an_error(tmp_path):
+def test_a_blank_outside_the_outputs_is_an_error(tmp_path):
     folder = write_model(tmp_path, UPPER)
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         (tmp_path / name).unlink(missing_ok=True)

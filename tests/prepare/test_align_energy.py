@@ -32,7 +32,7 @@ def errors_ms(aligned, known):
     return [1_000 * abs(ours[key] - theirs[key]) for ours, theirs in pairs for key in ("start_s", "end_s")]
 
 
-def test_words_are_found_near_where_they_are():
+def test_word_times_are_near_the_true_ones():
     found_ms = []
     for speaker, emotion in itertools.product(range(1, 6), STYLES):
         text = TEXTS[speaker - 1]
@@ -44,7 +44,7 @@ def test_words_are_found_near_where_they_are():
     assert np.percentile(found_ms, 95) < 150
 
 
-def test_words_beside_a_pause_are_found_too():
+def test_word_times_next_to_a_pause_are_near_the_true_ones():
     found_ms = []
     for seed, (speaker, emotion) in enumerate(itertools.product(range(1, 6), STYLES)):
         halves, known, begin_s = [], [], 0.0
@@ -86,7 +86,7 @@ BURSTS = {
 
 
 @pytest.mark.parametrize(("words", "lengths_s", "begins_in"), BURSTS.values(), ids=BURSTS.keys())
-def test_pauses_part_words_where_they_can(words, lengths_s, begins_in):
+def test_pauses_separate_words_where_possible(words, lengths_s, begins_in):
     quiet = np.full(9_600, 1e-4)
     sounds = [
         np.concatenate([0.3 * np.sin(np.arange(round(24_000 * length_s)) / 10), quiet]) for length_s in lengths_s
@@ -102,12 +102,12 @@ def test_pauses_part_words_where_they_can(words, lengths_s, begins_in):
 
 @pytest.mark.parametrize("num_samples", [1, 100, 24_000])
 @pytest.mark.parametrize("level", [0.0, 1e-4, 0.9])
-def test_any_clip_gives_ascending_words_inside_it(num_samples, level):
+def test_words_are_ascending_and_inside_the_clip(num_samples, level):
     samples = (level * np.random.default_rng(0).uniform(-1, 1, num_samples)).astype(np.float32)
     check_words(energy_align(samples, 24_000, WORDS), WORDS, num_samples / 24_000)
 
 
-def test_quiet_has_no_voiced_span_before_the_voice():
+def test_silence_before_the_voice_has_no_voiced_span():
     samples, known = synthesize("Dogs are sitting", speaker=3, sample_rate=24_000)
     spans_s = voiced_spans(samples, 24_000)
     assert spans_s[0, 0] > known[0]["start_s"] - 0.1

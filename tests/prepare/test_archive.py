@@ -13,7 +13,7 @@ def write_zip(path, members):
     return path
 
 
-def test_files_and_zip_members_read_alike_and_nothing_is_extracted(tmp_path):
+def test_files_and_zip_members_are_read_without_extraction(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "one.wav").write_bytes(b"1")
     write_zip(tmp_path / "two.zip", {"Actor_01/": b"", "Actor_01/two.wav": b"22"})
@@ -26,14 +26,14 @@ def test_files_and_zip_members_read_alike_and_nothing_is_extracted(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_hidden_files_and_litter_are_not_listed(tmp_path):
+def test_hidden_and_system_files_are_not_listed(tmp_path):
     for name in (".DS_Store", "._x.wav", "Thumbs.db", "x.wav"):
         (tmp_path / name).write_bytes(b"x")
     write_zip(tmp_path / "z.zip", {"__MACOSX/Actor_01/._y.wav": b"y", "y.wav": b"y"})
     assert [member.file_name for member in list_members([tmp_path])] == ["x.wav", "y.wav"]
 
 
-def test_a_link_that_points_up_ends(tmp_path):
+def test_a_link_to_a_parent_folder_terminates(tmp_path):
     (tmp_path / "x.wav").write_bytes(b"x")
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
     assert len(list_members([tmp_path])) == 1

@@ -25,7 +25,7 @@ def raw(tmp_path_factory):
     )
 
 
-def test_a_stream_has_finished_rows_of_every_split(raw):
+def test_streaming_gives_complete_rows_of_every_split(raw):
     streams = hf_csm.load_corpus("ravdess", raw)
     assert {split: stream.num_shards for split, stream in streams.items()} == {"train": 2, "validation": 1, "test": 1}
     rows = list(streams["train"])
@@ -51,19 +51,19 @@ def test_streaming_writes_nothing(raw, tmp_path, monkeypatch):
     assert sorted(raw.rglob("*")) == before
 
 
-def test_shards_can_be_dealt_to_workers(raw):
+def test_shards_can_be_distributed_to_workers(raw):
     stream = hf_csm.load_corpus("ravdess", raw, split="train")
     ids = [[row["id"] for row in stream.shard(num_shards=2, index=index)] for index in range(2)]
     assert all(len(found) == 8 for found in ids)
     assert ids[0] + ids[1] == [row["id"] for row in stream]
 
 
-def test_a_builder_survives_the_trip_to_a_worker(raw):
+def test_a_builder_can_be_pickled(raw):
     builder = pickle.loads(pickle.dumps(make_builder("ravdess", raw)))
     assert len(builder.shards()[0]) == 4
 
 
-def test_without_streaming_rows_are_at_hand_in_any_order(raw, tmp_path, monkeypatch):
+def test_without_streaming_rows_can_be_accessed_in_any_order(raw, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     table = hf_csm.load_corpus("ravdess", raw, split="validation", streaming=False)
     assert len(table) == 8
@@ -96,13 +96,13 @@ def test_digital_silence_is_dropped_and_counted(tmp_path):
     assert tally.counts == {("dropped", "digital silence"): 1}
 
 
-def test_a_wav_that_is_not_one_stops_the_stream_and_is_named(tmp_path):
+def test_an_invalid_wav_stops_the_stream_and_is_named(tmp_path):
     (tmp_path / "03-01-03-01-01-01-01.wav").write_bytes(b"<html>not found</html>")
     with pytest.raises(UserError, match=r"03-01-03-01-01-01-01\.wav"):
         list(hf_csm.load_corpus("ravdess", Path(tmp_path), split="train"))
 
 
-def test_the_listing_hash_follows_the_files_and_not_their_place(raw, tmp_path):
+def test_the_listing_hash_depends_on_the_files_and_not_on_their_location(raw, tmp_path):
     clip = clip_bytes("03-01-03-01-01-01-01")
     for place in ("here", "there/Actor_01"):
         (tmp_path / place).mkdir(parents=True)
@@ -168,7 +168,7 @@ def test_options_from_a_command_line_and_from_python_are_converted_to_their_type
         ((-0.1, 0.5), "energy", 1),
     ],
 )
-def test_word_times_of_the_corpus_are_taken_if_they_lie_in_the_clip(tmp_path, times, source, repaired):
+def test_word_times_of_the_corpus_are_used_if_they_are_within_the_clip(tmp_path, times, source, repaired):
     samples = np.random.default_rng(0).normal(0, 0.1, 24_000).astype(np.float32)
     samples[9] = 1.5
     soundfile.write(tmp_path / "a.wav", samples, 24_000, subtype="FLOAT")
@@ -182,7 +182,7 @@ def test_word_times_of_the_corpus_are_taken_if_they_lie_in_the_clip(tmp_path, ti
     assert tally.counts[("noted", "samples beyond full scale clipped")] == 1
 
 
-def test_a_clip_of_msp_podcast_may_have_its_suffix_in_capitals(tmp_path):
+def test_a_clip_of_msp_podcast_may_have_an_upper_case_suffix(tmp_path):
     columns = "FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"
     row = "MSP-PODCAST_0001_0001.wav,N,4,4,4,1,Male,Train"
     (tmp_path / "labels_consensus.csv").write_text(f"{columns}\n{row}\n")

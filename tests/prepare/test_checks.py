@@ -56,12 +56,12 @@ def test_the_second_clip_of_an_id_is_dropped_and_counted():
 
 
 @pytest.mark.parametrize("field", ["emotion_raw", "emotion_perceived_raw"])
-def test_an_unknown_label_is_refused_before_any_sound_is_read(field):
+def test_an_unknown_label_is_refused_before_any_audio_is_read(field):
     with pytest.raises(UserError, match=r"00001\.wav: unknown emotion label 'Q'"):
         list_clips([dataclasses.replace(clip(1), **{field: "Q"})], LABELS, "C")
 
 
-def test_no_label_is_no_unknown_label():
+def test_a_missing_label_is_not_an_unknown_label():
     list_clips([dataclasses.replace(clip(1), emotion_raw=None)], LABELS, "C")
 
 
@@ -72,7 +72,7 @@ def test_no_label_is_no_unknown_label():
         ("Sentence k7", {"speaker": "a", "sentence_id": "k7"}, {"speaker": "b", "sentence_id": "k7"}),
     ],
 )
-def test_a_planted_leak_is_refused(kind, first, second):
+def test_a_leak_between_splits_is_refused(kind, first, second):
     found = [clip(1, **first), clip(2, split="validation", **second)]
     with pytest.raises(UserError, match=rf"{kind} is in two splits: train \(c-00001\) and validation \(c-00002\)"):
         list_clips(found, LABELS, "C")
@@ -99,19 +99,19 @@ def test_a_long_list_of_faults_names_five_and_counts_the_rest():
             raise UserError(error.problem, "") from error
 
 
-def test_what_is_left_out_on_purpose_is_no_fault():
+def test_clips_left_out_on_purpose_are_not_faults():
     found = [clip(1), *(Skipped(member(f"{n}.wav"), "not asked for") for n in range(50))]
     assert list_clips(found, LABELS, "C")[1].rows() == [["dropped", "not asked for", 50, "0.wav"]]
 
 
-def test_the_corpus_with_most_names_is_what_a_folder_looks_like():
+def test_a_corpus_is_recognized_by_most_of_the_file_names():
     members = [member(name) for name in ("a/1.wav", "a/2.wav", "x.flac", "notes.txt")]
     patterns = {"W": re.compile(r"\d\.wav"), "F": re.compile(r".\.flac")}
     assert looks_like(members, patterns) == ("W", 2)
     assert looks_like(members[3:], patterns) is None
 
 
-def test_the_hash_follows_what_a_clip_says_and_the_size_of_its_files():
+def test_the_listing_hash_depends_on_metadata_and_file_sizes():
     def hash_of(**changes):
         return hash_listing(list_clips([dataclasses.replace(clip(1), **changes)], LABELS, "C")[0])
 
@@ -128,7 +128,7 @@ def test_the_hash_follows_what_a_clip_says_and_the_size_of_its_files():
 
 @pytest.mark.parametrize("is_zipped", [False, True])
 @pytest.mark.parametrize("victim", ["1.wav", "1.txt"])
-def test_a_shard_with_a_file_of_other_date_has_another_hash_in_the_same_listing(tmp_path, is_zipped, victim):
+def test_a_changed_modification_time_changes_the_shard_hash_only(tmp_path, is_zipped, victim):
     for name in ("1.wav", "1.txt"):
         (tmp_path / name).write_text("content")
     changing = tmp_path / victim

@@ -68,7 +68,7 @@ def fetch(server, folder, md5=MD5, num_bytes=None):
     return download(RemoteArchive(server.url, md5, num_bytes), folder, progress=False, wait_s=0.01)
 
 
-def test_a_download_is_whole_named_as_published_and_done_once(server, tmp_path):
+def test_a_download_is_complete_and_happens_once(server, tmp_path):
     path = fetch(server, tmp_path)
     assert path.name == "corpus.zip" and path.read_bytes() == CONTENT
     assert fetch(server, tmp_path) == path
@@ -76,14 +76,14 @@ def test_a_download_is_whole_named_as_published_and_done_once(server, tmp_path):
     assert [found.name for found in path.parent.iterdir()] == ["corpus.zip"]
 
 
-def test_a_broken_transfer_goes_on_where_it_stopped(server, tmp_path):
+def test_an_interrupted_transfer_resumes(server, tmp_path):
     server.num_cuts = 2
     assert fetch(server, tmp_path).read_bytes() == CONTENT
     first, second = (int(wanted.removeprefix("bytes=").rstrip("-")) for wanted in server.ranges[1:])
     assert 200_000 < first <= 300_000 and 200_000 < second - first <= 300_000
 
 
-def test_a_later_run_goes_on_where_an_earlier_one_stopped(server, tmp_path):
+def test_a_later_run_resumes_the_transfer(server, tmp_path):
     server.num_cuts, server.cut_at = 99, 100_000
     with pytest.raises(UserError, match="cannot be downloaded"):
         fetch(server, tmp_path)
@@ -96,12 +96,12 @@ def test_a_later_run_goes_on_where_an_earlier_one_stopped(server, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_server_without_range_starts_again_cleanly(server, tmp_path):
+def test_a_server_without_ranges_restarts_the_transfer(server, tmp_path):
     server.num_cuts, server.knows_range = 1, False
     assert fetch(server, tmp_path).read_bytes() == CONTENT
 
 
-def test_half_of_another_file_is_thrown_away(server, tmp_path):
+def test_a_partial_file_of_another_archive_is_discarded(server, tmp_path):
     server.num_cuts, server.content = 99, b"another file" * 50_000
     with pytest.raises(UserError):
         fetch(server, tmp_path)
@@ -110,7 +110,7 @@ def test_half_of_another_file_is_thrown_away(server, tmp_path):
     assert server.ranges[-1] is None
 
 
-def test_a_part_that_was_whole_is_used(server, tmp_path):
+def test_a_complete_partial_file_is_used(server, tmp_path):
     path = fetch(server, tmp_path)
     path.rename(path.with_name(path.name + ".part"))
     assert fetch(server, tmp_path).read_bytes() == CONTENT
@@ -123,7 +123,7 @@ def test_a_file_that_is_not_the_published_one_is_refused_and_removed(server, tmp
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_refusal_is_an_error_that_is_not_repeated(server, tmp_path):
+def test_a_refusal_is_not_retried(server, tmp_path):
     server.status = 404
     with pytest.raises(UserError, match="HTTP 404"):
         fetch(server, tmp_path)

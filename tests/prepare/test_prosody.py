@@ -55,7 +55,7 @@ def test_a_glide_of_an_octave_ranges_over_nine_tenths_of_it():
     assert found["f0_range_st"] == pytest.approx(0.9 * 12, abs=0.3)
 
 
-def test_loudness_range_is_that_of_levels_and_not_of_pauses():
+def test_loudness_range_ignores_pauses():
     tone = np.sin(2 * np.pi * 220 * np.arange(6 * RATE) / RATE)
     level_db = np.where(np.arange(6 * RATE) < 3 * RATE, -30.0, -20.0)
     level_db[2 * RATE : 4 * RATE] = -55.0
@@ -68,7 +68,7 @@ def test_gain_changes_nothing():
     assert measure(gain=0.25) == pytest.approx(measure(), rel=0.02)
 
 
-def test_what_is_outside_the_words_does_not_count():
+def test_audio_outside_the_words_is_ignored():
     samples, words = synthesize(TEXT, speaker=1, sample_rate=RATE)
     hum = 0.3 * np.sin(2 * np.pi * 500 * np.arange(2 * RATE) / RATE).astype(np.float32)
     moved = [{**word, "start_s": word["start_s"] + 2, "end_s": word["end_s"] + 2} for word in words]
@@ -90,7 +90,7 @@ UNDEFINED = [
 @pytest.mark.parametrize(
     ("samples", "words", "defined"), [row[1:] for row in UNDEFINED], ids=[r[0] for r in UNDEFINED]
 )
-def test_what_is_undefined_is_null(samples, words, defined):
+def test_undefined_measures_are_null(samples, words, defined):
     found = measure_prosody(samples.astype(np.float32), RATE, words)
     assert tuple(found) == PROSODY_COLUMNS
     assert {name: value for name, value in found.items() if value is not None} == pytest.approx(defined)
@@ -104,14 +104,14 @@ def test_noise_has_a_loudness_range_and_no_pitch():
     assert found["loudness_range_db"] < 1.0
 
 
-def test_without_a_transcript_the_sound_is_measured_and_the_rate_is_not():
+def test_without_a_transcript_only_the_rate_is_undefined():
     samples, words = synthesize(TEXT, speaker=1, sample_rate=RATE, seed=1)
     found, known = measure_prosody(samples, RATE, []), measure_prosody(samples, RATE, words)
     assert found.pop("words_per_s") is None and known.pop("words_per_s") is not None
     assert found == pytest.approx(known, rel=0.05, abs=0.3)
 
 
-def test_a_forked_process_measures_after_its_parent_did():
+def test_a_forked_process_can_measure_after_its_parent():
     expected = measure()
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(measure).get(timeout=600) == expected

@@ -26,7 +26,7 @@ def table_of(section):
     return [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
 
 
-def test_medians_are_by_emotion_over_all_splits_in_the_order_of_the_labels(tmp_path):
+def test_medians_are_by_emotion_over_all_splits_in_label_order(tmp_path):
     write_rows(tmp_path, [row(4, 200.0), row(0, 100.0), row(0, 120.0)])
     write_rows(tmp_path, [row(0, 140.0, words_per_s=None), row(None, 150.0)], "test")
     rows = table_of(draw_prosody(tmp_path))
@@ -38,19 +38,19 @@ def test_medians_are_by_emotion_over_all_splits_in_the_order_of_the_labels(tmp_p
     assert rows[0]["words/s"] == "2.50"
 
 
-def test_women_and_men_do_not_share_a_median_pitch(tmp_path):
+def test_median_pitch_is_by_gender(tmp_path):
     write_rows(tmp_path, [row(0, 100.0, "male"), row(0, 200.0, "female"), row(2, 220.0, "female"), row(0, 300.0)])
     rows = table_of(draw_prosody(tmp_path))
     assert [(r["median F0, Hz (female)"], r["median F0, Hz (male)"]) for r in rows] == [("200", "100"), ("220", "")]
     assert rows[0]["F0 range, semitones"] == "4.0"
 
 
-def test_words_of_two_languages_do_not_share_a_median_rate(tmp_path):
+def test_median_rate_is_by_language(tmp_path):
     write_rows(tmp_path, [row(0, 100.0), row(0, 100.0, language="zh", words_per_s=5.0)])
     assert table_of(draw_prosody(tmp_path))[0]["words/s (zh)"] == "5.00"
 
 
-def test_every_picture_is_linked_and_there(tmp_path):
+def test_every_plot_exists_and_is_linked(tmp_path):
     links = re.findall(r"\]\((.*?)\)", draw_prosody(write_rows(tmp_path, [row(3, 100.0, "male")])))
     assert len(links) == 5
     for link in links:
@@ -76,13 +76,13 @@ def test_a_table_without_prosody_gets_no_section_and_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("missing", PROSODY_COLUMNS)
-def test_a_measure_that_no_clip_has_is_left_out(tmp_path, missing):
+def test_a_measure_without_values_is_left_out(tmp_path, missing):
     section = draw_prosody(write_rows(tmp_path, [row(0, 100.0, **{missing: None})]))
     assert f"{missing}.png" not in section
     assert section.count(".png") == 4
 
 
-def test_thousands_of_clips_fit_in_the_picture(tmp_path):
+def test_thousands_of_clips_fit_in_the_plot(tmp_path):
     rng = np.random.default_rng(0)
     rows = [row(int(rng.integers(8)), float(rng.normal(150, 20)), "female") for _ in range(3_000)]
     assert sum(int(r["clips"].replace(",", "")) for r in table_of(draw_prosody(write_rows(tmp_path, rows)))) == 3_000

@@ -19,7 +19,7 @@ def member(folder, name, content):
         ("a.jsonl", b'{}\n{"name": "anna", "note": null}\n\n{"name": "Bob", "note": "one, \\"two\\""}\n'),
     ],
 )
-def test_all_kinds_of_table_give_the_same_rows_and_their_places(tmp_path, name, content):
+def test_all_formats_give_the_same_rows_and_locations(tmp_path, name, content):
     rows = [(where, row) for where, row in read_rows(member(tmp_path, name, content)) if row]
     assert rows == [
         (f"{tmp_path / name}: row 2", {"name": "anna", "note": ""}),
@@ -40,7 +40,7 @@ def test_a_cell_of_several_lines_counts_its_lines(tmp_path):
     assert [where.rpartition(": ")[2] for where, _ in read_rows(table)] == ["row 3", "row 4"]
 
 
-def test_a_line_separator_inside_a_json_string_ends_no_line(tmp_path):
+def test_a_line_separator_inside_a_json_string_does_not_end_the_line(tmp_path):
     table = member(tmp_path, "a.jsonl", '{"text": "one\u2028two"}\n'.encode())
     assert [row for _, row in read_rows(table)] == [{"text": "one\u2028two"}]
 

@@ -89,11 +89,11 @@ def test_both_formats_in_all_encodings_give_the_same_words(text, encoding):
 
 
 @pytest.mark.parametrize("name", ["words", "Words", "word", "WORD", "speaker 12 - words"])
-def test_the_word_tier_goes_by_its_name(name):
+def test_the_word_tier_is_found_by_name(name):
     assert read_words(LONG.replace('"words"', f'"{name}"').encode(), "a.TextGrid") == WORDS
 
 
-def test_without_a_word_tier_the_first_interval_tier_counts():
+def test_without_a_word_tier_the_first_interval_tier_is_used():
     assert read_words(LONG.replace('"words"', '"Mary"').encode(), "a.TextGrid") == (("AH0", 0.0, 1.5),)
     points = SHORT.replace(
         '"IntervalTier"\n"phones"\n0\n1.5\n1\n0\n1.5\n"AH0"', '"TextTier"\n"x"\n0\n1.5\n1\n0.5\n"a"'
@@ -102,12 +102,12 @@ def test_without_a_word_tier_the_first_interval_tier_counts():
 
 
 @pytest.mark.parametrize("silence", ["", "sil", "SIL", "sp", "spn", "<eps>"])
-def test_silences_are_no_words(silence):
+def test_silences_are_not_words(silence):
     assert read_words(LONG.replace('"""say"""', f'"{silence}"').encode(), "a.TextGrid") == WORDS[1:]
 
 
 @pytest.mark.parametrize("text", [LONG, SHORT])
-def test_a_file_cut_short_anywhere_is_an_error(text):
+def test_a_truncated_file_is_an_error(text):
     for num_characters in range(len(text.rstrip())):
         with pytest.raises(UserError, match=r"^a\.TextGrid: the TextGrid cannot be read"):
             read_words(text[:num_characters].encode(), "a.TextGrid")
@@ -149,6 +149,6 @@ def test_a_damaged_file_is_an_error_of_two_lines_that_names_it(content):
         (["say"], [], None),
     ],
 )
-def test_words_of_a_transcript_get_times_only_if_they_are_those_that_were_heard(transcript, heard, placed):
+def test_words_of_a_transcript_get_times_only_if_they_match_the_aligned_words(transcript, heard, placed):
     timed = tuple((word, float(index), float(index + 1)) for index, word in enumerate(heard))
     assert place_words(transcript, timed) == (None if placed is None else tuple(placed))
