@@ -80,15 +80,16 @@ class ShardWriter:
         path: of the file; its folder is created.
         features: of the rows; stored in the file, so that `datasets` restores labels and audio.
         compression: for Parquet. Audio does not compress: leave it off.
+        statistics: store dictionaries and statistics of short columns; costs time.
     """
 
-    def __init__(self, path: Path, features: Features, compression: str = "none"):
+    def __init__(self, path: Path, features: Features, compression: str = "none", statistics: bool = True):
         self._schema = features.arrow_schema
         self._rows_per_group = WINDOWS_PER_GROUP if "codes" in features else ROWS_PER_GROUP
         self._pending: list[pa.Table] = []
         self._num_pending = 0
         # Statistics and dictionaries of large columns cost time and space and have no use.
-        light = [field.name for field in self._schema if pa.types.is_string(field.type)]
+        light = [field.name for field in self._schema if statistics and pa.types.is_string(field.type)]
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(replaced_file(path))
             self._writer = stack.enter_context(

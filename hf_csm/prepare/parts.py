@@ -64,7 +64,7 @@ def make_part(builder: CorpusBuilder, shard: Shard, path: Path) -> Part:
     """Write the rows of a corpus shard; at most one row group per emotion is in memory, whatever the shard's size."""
     tally = Tally()
     pending: dict[str, list[dict[str, Any]]] = {}
-    with ShardWriter(path, UTTERANCE_FEATURES) as writer:
+    with ShardWriter(path, UTTERANCE_FEATURES, statistics=False) as writer:
         for row in builder.rows(shard, tally):
             stop_if_asked()
             emotion = emotion_name(row["emotion"])
@@ -81,22 +81,26 @@ def make_part(builder: CorpusBuilder, shard: Shard, path: Path) -> Part:
 def read_part(path: Path) -> Part:
     """Read the facts of a part; the audio stays on disk."""
     columns = ["id", "emotion", "speaker_id", "sha256", "duration_s", "alignment_source"]
-    row_groups = []
     with pq.ParquetFile(path, memory_map=False) as file:
-        facts = json.loads(file.metadata.metadata[PART_KEY.encode()])
-        for group in range(file.metadata.num_row_groups):
-            rows = file.read_row_group(group, columns=columns, use_threads=False).to_pydict()
-            row_groups.append(
-                RowGroup(
-                    emotion=emotion_name(rows["emotion"][0]),
-                    num_bytes=file.metadata.row_group(group).total_byte_size,
-                    ids=rows["id"],
-                    speaker_ids=rows["speaker_id"],
-                    sha256s=rows["sha256"],
-                    durations_s=rows["duration_s"],
-                    alignment_sources=[_source_name(source) for source in rows["alignment_source"]],
-                )
+        metadata = file.metadata
+        table = file.read(columns=columns, use_threads=False)
+    facts = json.loads(metadata.metadata[PART_KEY.encode()])
+    row_groups, start = [], 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        rows = table.slice(start, group.num_rows).to_pydict()
+        start += group.num_rows
+        row_groups.append(
+            RowGroup(
+                emotion=emotion_name(rows["emotion"][0]),
+                num_bytes=group.total_byte_size,
+                ids=rows["id"],
+                speaker_ids=rows["speaker_id"],
+                sha256s=rows["sha256"],
+                durations_s=rows["duration_s"],
+                alignment_sources=[_source_name(source) for source in rows["alignment_source"]],
             )
+        )
     return Part(path, facts["split"], row_groups, facts["tally"])
 
 
