@@ -8,6 +8,7 @@ import soundfile
 from playwright.sync_api import expect
 
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
+from tests.doubles.waiting import wait_until
 
 
 pytestmark = pytest.mark.slow
@@ -75,8 +76,9 @@ def test_conversation(open_page, url, microphone, tmp_path):
     if page.locator("#now").is_visible():
         page.locator("#now").click()
     expect(page.locator("#steering")).to_have_text("Now: base, sad, 0.30.")
-    for name in ("mic", "moshi"):
-        page.wait_for_function(f"document.querySelector('#{name}-level').value > 0.02")
+    for name in ("mic", "moshi"):  # `wait_for_function` polls with eval, which the page's policy forbids
+        level = page.locator(f"#{name}-level")
+        wait_until(lambda level=level: level.evaluate("e => e.value") > 0.02)
     assert float(page.locator("#delay").inner_text().removesuffix(" s")) > 0.1
     page.locator("#talk").click()
     expect(page.locator("#status")).to_contain_text("Ended after")
