@@ -74,7 +74,7 @@ def _builder_class(name: str) -> type[CorpusBuilder]:
     return builder_class
 
 
-def make_builder(name: str, data_dir: Any = None, **options: Any) -> CorpusBuilder:
+def make_builder(name: str, data_dir: Any = None, /, **options: Any) -> CorpusBuilder:
     """Return the builder of a corpus, without a cache. Arguments as in `load_corpus`."""
     from hf_csm.prepare.builder import config_options
 

@@ -232,3 +232,12 @@ def test_bad_input_ends_with_two_lines_that_name_it(command, key_term, tmp_path,
     assert lines[0].startswith("error: ")
     assert key_term in lines[0]
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+@pytest.mark.parametrize("option", ["data-dir", "name", "corpus"])
+def test_an_option_named_like_a_parameter_of_prepare_is_an_unknown_option(tmp_path, option, capsys):
+    (tmp_path / "raw").mkdir()
+    command = ["prepare", "ravdess", "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    assert main([*command, f"--{option}", "x"]) == 1
+    problem, _ = capsys.readouterr().err.splitlines()
+    assert option.replace("-", "_") in problem

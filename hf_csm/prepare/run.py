@@ -95,6 +95,7 @@ def prepare(
     corpus: str,
     raw: Any,
     out: str | Path,
+    /,
     *,
     num_workers: int | None = None,
     align_model: str | None = None,
