@@ -72,12 +72,12 @@ def generate_samples(
     import torch
 
     from hf_csm.data.audio import ROOM_TONE_DB, room_tone
+    from hf_csm.hub import find_model
     from hf_csm.models import get_family
     from hf_csm.models.emotion_control import read_emotion_control
-    from hf_csm.models.moshi.pull import find_folder
     from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME, seconds_to_frames
 
-    control = read_emotion_control(find_folder(model, revision))
+    control = read_emotion_control(find_model(model, revision))
     unknown = [emotion for emotion in emotions or () if emotion not in control.emotions]
     if unknown:
         raise UserError(
@@ -86,7 +86,7 @@ def generate_samples(
             if control.emotions
             else "Leave --emotions out: it was trained on none.",
         )
-    family = get_family(str(model))
+    family = get_family(model, revision)
     checkpoint = family.find_checkpoint(str(model), revision)
     tokenizer = family.load_tokenizer(checkpoint)
     base, adapter = family.split_adapter(checkpoint, str(model))

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     is_main = int(os.environ.get("RANK", 0)) == 0
     if is_main:  # not after days of training
         check_push(config)
-    checkpoint = train(config, get_family(config.moshi_paths.hf_repo_id))
+    checkpoint = train(config, get_family(config.moshi_paths.hf_repo_id, config.moshi_paths.revision))
     if is_main:
         print(f"{checkpoint} is written. Turn it into a folder that serves: hf-csm export {checkpoint} --out DIR")
         url = push_run(config, checkpoint)

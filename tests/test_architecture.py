@@ -66,7 +66,13 @@ def test_there_is_no_import_cycle():
     assert not graph, f"in a cycle or above one: {graph}"
 
 
+def test_a_family_is_reached_through_its_record():
+    package = {name: imports for name, imports in GRAPH.items() if name.startswith("hf_csm")}
+    reaching = [name for name, imports in package.items() if any(m.startswith("hf_csm.models.moshi") for m in imports)]
+    assert reaching and all(name.startswith("hf_csm.models.moshi") for name in reaching)
+
+
 def test_the_library_of_a_family_is_imported_in_its_folder_alone():
-    importing = {name for name, imports in GRAPH.items() if any(m.split(".")[0] == "moshi" for m in imports)}
-    assert importing
-    assert all(name.startswith("hf_csm.models.moshi") for name in importing)
+    graph = GRAPH | {name_of(path): set(imports_of(path)) for path in (ROOT / "recipes").rglob("*.py")}
+    importing = [name for name, imports in graph.items() if any(m.split(".")[0] == "moshi" for m in imports)]
+    assert importing and all(name.startswith("hf_csm.models.moshi") for name in importing)

@@ -169,7 +169,7 @@ def _encode(options: argparse.Namespace) -> None:
     from hf_csm.encode.run import encode
     from hf_csm.hub import find_table
     from hf_csm.models import get_family
-    from hf_csm.models.moshi.checkpoint import choose_device
+    from hf_csm.models.device import choose_device
 
     composition = _composition(options)
     if options.batch_sec is not None and not options.batch_sec > 0:
@@ -184,7 +184,7 @@ def _encode(options: argparse.Namespace) -> None:
             'Leave them out; a row\'s own "emotion" is its label.',
         )
     prepared = Path(options.prepared) if is_manifest else find_table(options.prepared)
-    family = get_family(options.base_model)
+    family = get_family(options.base_model, options.revision)
     base = family.find_checkpoint(options.base_model, options.revision)
     codec, sha256 = family.load_codec(base, device), family.codec_sha256(base)
     shared: dict[str, Any] = {

@@ -148,7 +148,7 @@ def _add_serve(add_command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    from hf_csm.models.moshi.checkpoint import choose_device
+    from hf_csm.models.device import choose_device
     from hf_csm.publish.push_model import push_model
 
     stated = dict(part.split("=", 1) for part in options.license_of if "=" in part)
@@ -175,7 +175,7 @@ def _push(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from hf_csm.models.moshi.checkpoint import choose_device
+    from hf_csm.models.device import choose_device
     from hf_csm.publish.export import export_checkpoint
 
     folder = export_checkpoint(
@@ -215,7 +215,7 @@ def _speak(
     options: argparse.Namespace, speak: Callable[[LoadedModel, dict[str, Any]], Speech], stereo: bool = False
 ) -> None:
     """Check the options, load the models, generate speech, write it and print a summary."""
-    from hf_csm.models.moshi.checkpoint import choose_device
+    from hf_csm.models.device import choose_device
     from hf_csm.serving.loaded import check_strength, load_weights
     from hf_csm.serving.resolve import resolve_models
     from hf_csm.serving.speech import check_out, write_audio

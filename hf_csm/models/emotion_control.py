@@ -1,6 +1,6 @@
-"""Which emotions an adapter knows and how to ask it for one: `emotions.json`, beside config.json.
+"""Emotions that a model was trained on and how to request one: `emotions.json`, beside config.json.
 
-It is a file of its own because moshi's loader takes every key of config.json for an argument of the model.
+It is a separate file because moshi's loader passes every key of config.json to the model.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ import yaml
 from hf_csm.config import DatasetConfig
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
 from hf_csm.errors import UserError
+from hf_csm.files import write_text_atomic
+from hf_csm.hub import EMOTIONS_NAME
 from hf_csm.mixture.provenance import CORPORA_NAME, read_corpora
-from hf_csm.models.moshi.pull import EMOTIONS_NAME
 
 
 RUN_CONFIG_NAME = "config.yaml"
 CONTROLS = ("prefix", "none")
-NOT_TO_BE_ASKED_FOR = ("other", UNLABELLED)
-"""Labels of windows that name no emotion."""
+NO_EMOTIONS = ("other", UNLABELLED)
+"""Labels that name no emotion."""
 _NAME = re.compile(r"[\w-][\w -]{0,38}[\w-]|[\w-]")
 
 
 class Tokenizer(Protocol):
-    """What turns text into token ids, such as a SentencePiece model."""
+    """Text to token ids, such as a SentencePiece model."""
 
     def encode(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
 class EmotionControl:
-    """How to ask a model for an emotion.
+    """How to request an emotion from a model.
 
     Attributes:
-        control: `prefix` names the emotion in the first frames of the text stream, `none` cannot be asked.
+        control: with `prefix`, the first frames of the text stream name the emotion; with `none`, nothing does.
         prefix_template: text of the prefix, with `{emotion}`.
-        emotions: that were trained; without prefix the one that the model always speaks with, if it is one.
-        base_model: repository or folder that was adapted.
+        emotions: that the model was trained on; without a prefix, at most the one that it always speaks with.
+        base_model: repository or folder of the base model.
         base_revision: of that repository, if the run named one.
         step: of the checkpoint.
+        weights_sha256: of merged weights, as they were verified.
     """
 
     control: str = "none"
@@ -53,21 +55,22 @@ class EmotionControl:
     base_model: str | None = None
     base_revision: str | None = None
     step: int | None = None
+    weights_sha256: str | None = None
 
     def tokens(self, emotion: str | None, tokenizer: Tokenizer) -> list[int]:
-        """Return the text tokens that ask for an emotion; none where there is nothing to ask."""
+        """Return the text tokens of the prefix; none without an emotion or a prefix."""
         if self.control == "none" or emotion is None:
             return []
         return list(tokenizer.encode(self.prefix_template.format(emotion=emotion)))
 
 
 def read_emotion_control(folder: Path) -> EmotionControl:
-    """Return what an export says in `emotions.json`, or for a training checkpoint what its run was configured to.
+    """Return the content of an export's `emotions.json`, or for a training checkpoint the options of its run.
 
-    A model that says nothing, such as a base model, has control `none` and no emotions.
+    A folder with neither, such as a base model, has control `none` and no emotions.
 
     Raises:
-        UserError: the file that says it is damaged.
+        UserError: `emotions.json` or the run's options are damaged.
     """
     folder = Path(folder)
     path = folder / EMOTIONS_NAME
@@ -83,10 +86,11 @@ def read_emotion_control(folder: Path) -> EmotionControl:
 
 
 def write_emotion_control(control: EmotionControl, folder: Path) -> None:
-    """Write `emotions.json`, whole or not at all."""
-    part = Path(folder) / f".{EMOTIONS_NAME}.tmp"
-    part.write_text(json.dumps(asdict(control), indent=2) + "\n", encoding="utf-8")
-    part.replace(Path(folder) / EMOTIONS_NAME)
+    """Write `emotions.json`, complete or not at all."""
+    record = asdict(control)
+    if control.weights_sha256 is None:
+        del record["weights_sha256"]
+    write_text_atomic(Path(folder) / EMOTIONS_NAME, json.dumps(record, indent=2) + "\n")
 
 
 def _of_run(checkpoint: Path) -> EmotionControl:
@@ -99,13 +103,13 @@ def _of_run(checkpoint: Path) -> EmotionControl:
         template, base, revision = dataset["prefix_template"], paths["hf_repo_id"], paths["revision"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged: {' '.join(str(error).split())[:200]}", "Copy it again from where the run was trained."
+            f"{path} is damaged: {' '.join(str(error).split())[:200]}", "Copy it again from the machine of the run."
         ) from error
     trained = set(filtered or ())
-    if (run_dir / CORPORA_NAME).is_file():  # runs of before did not write it
+    if (run_dir / CORPORA_NAME).is_file():  # older runs have none
         trained = {emotion for corpus in read_corpora(run_dir) for emotion in corpus.emotions}
-    emotions = tuple(name for name in EMOTIONS if name in trained and name not in NOT_TO_BE_ASKED_FOR)
-    if control == "none" and len(trained) != 1:  # several emotions, and nothing chooses among them
+    emotions = tuple(name for name in EMOTIONS if name in trained and name not in NO_EMOTIONS)
+    if control == "none" and len(trained) != 1:  # several emotions, and nothing selects one
         emotions = ()
     step = checkpoint.name.rpartition("_")[2]
     return EmotionControl(control, template, emotions, base, revision, int(step) if step.isdigit() else None)
@@ -120,15 +124,15 @@ def _parse(path: Path) -> EmotionControl:
     if problem:
         raise UserError(
             f"{path} is damaged: {problem}.",
-            "Export or pull it again; without that file the model still speaks, but takes no emotion.",
+            "Export or download it again; without that file the model loads, but without emotions.",
         )
     known = {field.name for field in fields(EmotionControl)}
-    told = {key: value for key, value in record.items() if key in known}
-    return EmotionControl(**told | {"emotions": tuple(record["emotions"])})
+    given = {key: value for key, value in record.items() if key in known}
+    return EmotionControl(**given | {"emotions": tuple(record["emotions"])})
 
 
 def _problem(record: Any) -> str | None:
-    """Say what is wrong with the content of an `emotions.json`, which may come from anybody."""
+    """Return what is wrong with the content of an `emotions.json`, which may be from an unknown author."""
     if not isinstance(record, dict):
         return "it is not a JSON object"
     if record.get("control") not in CONTROLS:
@@ -140,10 +144,10 @@ def _problem(record: Any) -> str | None:
         parts = list(string.Formatter().parse(record.get("prefix_template", DatasetConfig.prefix_template)))
     except (ValueError, TypeError):
         parts = []
-    # Of attributes, widths and conversions, which `format` knows, none has a place in a prefix.
+    # `str.format` also evaluates attributes, widths and conversions, which are refused.
     if {part[1:] for part in parts if part[1] is not None} != {("emotion", "", None)}:
         return f"prefix_template is {record.get('prefix_template')!r}, not a text with {{emotion}} in it"
-    for name, kind in (("base_model", str), ("base_revision", str), ("step", int)):
+    for name, kind in (("base_model", str), ("base_revision", str), ("step", int), ("weights_sha256", str)):
         if record.get(name) is not None and not isinstance(record[name], kind):
             return f"{name} is {record[name]!r}"
     return None

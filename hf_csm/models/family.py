@@ -199,6 +199,18 @@ class Engine(Protocol):
         """Replace what is still queued of forced text: these tokens are written instead of sampled ones."""
         ...
 
+    def force_words(self, slot: int, words: Sequence[str]) -> None:
+        """Make the model say these words in a new conversation, after `force_text`; it decides when each begins."""
+        ...
+
+    def last_word_frame(self, slot: int) -> int | None:
+        """Return the frame, from 0, with the last text token of the forced words; None before it."""
+        ...
+
+    def words_in(self, text_tokens: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the words of a text stream: `word`, and `start_s` in seconds from its first frame."""
+        ...
+
     def set_strength(self, slot: int, adapter: int, strength: float) -> None:
         """Set the strength of an adapter in a slot, from the next step on: 0 is the base, 1 as trained."""
         ...
@@ -225,6 +237,8 @@ class Family:
         load_codec: `(checkpoint, device)`.
         load_tokenizer: `(checkpoint)`.
         codec_sha256: `(checkpoint)`: equal for two checkpoints if and only if their codecs give the same codes.
+        base_urls: `(name_or_folder, revision=None)`: the URL, `hf://` or `file://`, of a base's weights, and the list
+            of those of its other files, as an exported config.json names them; nothing large is downloaded.
 
         lay_out: `(row, layout, tokenize, *, prefix=None, max_frames=None)`: a row of a codes table as streams.
         stream_masks: `(codes, num_given, layout)`: bool `[G, B, K, T]`, the targets of each of `stream_names`.
@@ -236,9 +250,12 @@ class Family:
         adapter_parameters: `(model)`: the weights that train, in a fixed order.
         adapter_disabled: `(model)`: a context in which the model is its base.
 
+        adapter_files: names of the files that `export_adapter` writes.
+        merged_files: names of the files that `merge_adapter` writes.
         export_adapter: `(model_or_folder, checkpoint, folder)`: write the adapter in the family's own format and
-            check by names and shapes that its loader takes every weight; `checkpoint` is the base.
-        merge_adapter: `(adapter_folder, checkpoint, folder)`: write the base with the adapter merged in, and check it.
+            check its names and shapes; `checkpoint` is the base.
+        merge_adapter: `(adapter_folder, checkpoint, folder)`: write the base with the adapter merged in, and check its
+            bytes.
         verify_export: `(folder, adapter_folder, checkpoint, *, device, dtype=bfloat16)`: load an exported adapter or a
             merged model through the family's own loader and compare it with the trained model, with one base in memory
             at a time; returns the largest difference of two logits.
@@ -248,8 +265,6 @@ class Family:
         open_engine: `(checkpoint, adapters=(), *, num_slots=1, device="cpu", dtype=None, **sampling)`: load a base and
             its adapters into an engine; by default bfloat16 on a GPU, float32 elsewhere, and the sampling options of
             the checkpoint.
-
-        write_tiny_checkpoint: `(folder, *, seed=0)`: write a base model of random weights that runs on a laptop.
     """
 
     name: str
@@ -260,6 +275,7 @@ class Family:
     load_codec: Callable[..., Codec]
     load_tokenizer: Callable[..., Any]
     codec_sha256: Callable[[Any], str]
+    base_urls: Callable[..., tuple[str, list[str]]]
 
     lay_out: Callable[..., Window]
     stream_masks: Callable[[torch.Tensor, torch.Tensor, Layout], torch.Tensor]
@@ -271,6 +287,8 @@ class Family:
     adapter_parameters: Callable[[Any], list[torch.nn.Parameter]]
     adapter_disabled: Callable[[Any], AbstractContextManager[None]]
 
+    adapter_files: tuple[str, ...]
+    merged_files: tuple[str, ...]
     export_adapter: Callable[[Any, Any, Path], Any]
     merge_adapter: Callable[[Path, Any, Path], None]
     verify_export: Callable[..., float]
@@ -278,5 +296,3 @@ class Family:
     split_adapter: Callable[[Any, str], tuple[Any, RuntimeAdapter | None]]
     is_same_base: Callable[[Any, Any], bool]
     open_engine: Callable[..., Any]
-
-    write_tiny_checkpoint: Callable[..., Path]

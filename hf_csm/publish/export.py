@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hf_csm.files import replaced_folder
+from hf_csm.errors import UserError
+from hf_csm.files import read_json, replaced_folder, write_text_atomic
+from hf_csm.hub import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, EMOTIONS_NAME
 from hf_csm.mixture.provenance import CORPORA_NAME, read_corpora
+from hf_csm.models import get_family
 from hf_csm.models.emotion_control import read_emotion_control, write_emotion_control
-from hf_csm.models.moshi.checkpoint import find_checkpoint
-from hf_csm.models.moshi.export import LORA_NAME, export_adapter, find_adapter, named_base
-from hf_csm.models.moshi.lora import read_adapter
-from hf_csm.models.moshi.merge import merge_adapter
-from hf_csm.models.moshi.pull import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, EMOTIONS_NAME, find_folder
-from hf_csm.models.moshi.verify import verify_export
+from hf_csm.models.family import Checkpoint, Family
 from hf_csm.publish.run_artifacts import RUN_FILES, SAMPLES_NAME, copy_run_files, run_folder
-
-
-EXPORTED_NAMES = {
-    LORA_NAME,
-    CONFIG_NAME,
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    EMOTIONS_NAME,
-    *RUN_FILES,
-    SAMPLES_NAME,
-    "model.safetensors",
-    "README.md",
-}
+from hf_csm.publish.trained import Trained, find_trained
 
 
 def export_checkpoint(
@@ -50,35 +40,97 @@ def export_checkpoint(
     Args:
         checkpoint: `checkpoint_000500/`, whose `adapter/` holds the PEFT adapter and names the base model, a folder
             with such an adapter in it, or a Hub repository of one.
-        out: folder for the PEFT adapter and moshi's files for it, or with `merged` the merged weights, with
+        out: folder for the PEFT adapter and the family's own files for it, or with `merged` the merged weights, with
             `emotions.json`, `corpora.json`, and the run's options, metrics and samples if there are any.
         revision: of the Hub repository.
         device: on which the trained model and its export are compared.
         dtype: in which they are compared.
 
     Raises:
-        UserError: a file is missing or truncated, the base is not available, or `out` holds something else.
-        ExportError: the export differs from the trained model.
+        UserError: a file is missing or truncated, the base is not available, `out` holds something else, or the
+            export differs from the trained model.
     """
-    folder = find_folder(checkpoint, revision, weights=False, also=(ADAPTER_WEIGHTS_NAME, *RUN_FILES))
-    adapter = find_adapter(folder, str(checkpoint))
-    control = read_emotion_control(folder)
-    config, _ = read_adapter(adapter)
-    base = find_checkpoint(named_base(adapter, config), config.revision)
-    with replaced_folder(out, EXPORTED_NAMES) as beside:
-        if merged:
-            merge_adapter(adapter, base, beside)
-        else:
-            export_adapter(adapter, base, beside)
-        verify_export(beside, adapter, base, device=device, dtype=dtype)
-        if not merged:
-            config.base_model_name_or_path, config.revision = base.name_or_path, base.revision
-            config.save_pretrained(str(beside))
-            shutil.copyfile(adapter / ADAPTER_WEIGHTS_NAME, beside / ADAPTER_WEIGHTS_NAME)
-        control = dataclasses.replace(control, base_model=base.name_or_path, base_revision=base.revision)
-        write_emotion_control(control, beside)
-        run_dir = run_folder(folder)
+    trained = find_trained(checkpoint, revision)
+    if trained.adapter is None:
+        raise UserError(f"{checkpoint} is a merged model, not an adapter.", "Export the checkpoint it was made from.")
+    family = get_family(trained.base, trained.base_revision)
+    ours = {*family.adapter_files, *family.merged_files, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMOTIONS_NAME}
+    with replaced_folder(out, {*ours, *RUN_FILES, SAMPLES_NAME, "README.md"}) as beside:
+        base = write_verified(family, trained, beside, merged=merged, device=device, dtype=dtype)
+        run_dir = run_folder(trained.folder)
         corpora = read_corpora(run_dir) if (run_dir / CORPORA_NAME).is_file() else []  # older runs have none
         base_model = None if base.is_local else base.name_or_path
-        copy_run_files(folder, beside, corpora=corpora, base_model=base_model)
+        copy_run_files(trained.folder, beside, corpora=corpora, base_model=base_model)
     return out
+
+
+def write_verified(
+    family: Family,
+    trained: Trained,
+    folder: Path,
+    *,
+    merged: bool,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Checkpoint:
+    """Write an adapter, or with `merged` the merged weights, with `emotions.json`, and verify them by loading them.
+
+    Args:
+        family: of the base model.
+        folder: exists and is empty.
+
+    Returns:
+        The base model.
+
+    Raises:
+        UserError: a file is missing or truncated, the base is not available, or what was written differs from the
+            trained model.
+    """
+    assert trained.adapter is not None
+    base = family.find_checkpoint(trained.base, trained.base_revision)
+    write = family.merge_adapter if merged else family.export_adapter
+    write(trained.adapter, base, folder)
+    family.verify_export(folder, trained.adapter, base, device=device, dtype=dtype)
+    if not merged:
+        shutil.copyfile(trained.adapter / ADAPTER_CONFIG_NAME, folder / ADAPTER_CONFIG_NAME)
+        shutil.copyfile(trained.adapter / ADAPTER_WEIGHTS_NAME, folder / ADAPTER_WEIGHTS_NAME)
+    write_emotion_control(read_emotion_control(trained.folder), folder)
+    weights_sha256 = hash_weights(family, folder) if merged else None
+    set_base(folder, base.name_or_path, base.revision, weights_sha256=weights_sha256)
+    return base
+
+
+def set_base(
+    folder: Path, name: str, revision: str | None, *, urls: Mapping[str, str] | None = None, **control: Any
+) -> None:
+    """Replace name and revision of the base model in the files of an export.
+
+    Args:
+        urls: new URLs in config.json by the old ones.
+        control: other attributes to replace in `emotions.json`.
+    """
+    emotion_control = read_emotion_control(folder)
+    write_emotion_control(
+        dataclasses.replace(emotion_control, base_model=name, base_revision=revision, **control), folder
+    )
+    changes: dict[str, dict[str, Any]] = {ADAPTER_CONFIG_NAME: {"base_model_name_or_path": name, "revision": revision}}
+    if urls:
+        config = read_json(folder / CONFIG_NAME)
+        changes[CONFIG_NAME] = {
+            key: urls[value] for key, value in config.items() if isinstance(value, str) and value in urls
+        }
+    for filename, change in changes.items():
+        if (folder / filename).is_file():
+            text = json.dumps(read_json(folder / filename) | change, indent=2)
+            write_text_atomic(folder / filename, text + "\n")
+
+
+def hash_weights(family: Family, folder: Path) -> str:
+    """Return the SHA-256 of the weights of a merged model."""
+    digest = hashlib.sha256()
+    for name in family.merged_files:
+        if name.endswith(".safetensors"):
+            with open(folder / name, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from hf_csm.config import RunConfig
 from hf_csm.errors import UserError
-from hf_csm.files import read_json
 from hf_csm.hub import hub_errors
 from hf_csm.mixture.provenance import corpora_of, with_earlier
-from hf_csm.models.moshi.checkpoint import choose_device
-from hf_csm.models.moshi.pull import CONFIG_NAME, find_folder, weight_names
+from hf_csm.models import get_family
+from hf_csm.models.device import choose_device
 from hf_csm.publish.licenses import base_terms, check_card_values, check_licenses
-from hf_csm.publish.push_model import PATTERNS, check_same_model, push_model
-from hf_csm.publish.resolve_base import find_base
+from hf_csm.publish.push_model import check_same_model, file_patterns, push_model
+from hf_csm.publish.resolve_base import resolve_base
 from hf_csm.publish.upload import Target, check_may_write, log_in, open_repository
 from hf_csm.training.checkpoint import find_checkpoint_to_resume
 
@@ -38,7 +37,9 @@ def check_push(config: RunConfig) -> None:
             f"training.push_to_hub is {repo_id}, but the base model is the local folder {name}.",
             "Name its repository in moshi_paths.hf_repo_id, or push by hand with --base-model USER/NAME.",
         )
-    base = find_base(api, base_names(name, revision), name, revision, None, merged=merged)
+    family = get_family(name, revision)
+    weights, others = family.base_urls(name, revision)
+    base = resolve_base(api, name, revision, None, weights=weights, others=others, merged=merged)
     corpora = corpora_of(config.dataset)
     wanted = config.resume_from_checkpoint
     resumed = find_checkpoint_to_resume(Path(config.run_dir), wanted) if wanted else None
@@ -53,22 +54,10 @@ def check_push(config: RunConfig) -> None:
             "Set training.hub_private to true, or training.push_to_hub to null and push later with `hf-csm push`, "
             "which has options for the terms.",
         ) from error
-    target = Target(repo_id, "model", PATTERNS, private)
+    target = Target(repo_id, "model", file_patterns(family), private)
     with hub_errors(f"{repo_id}: "):
-        open_repository(api, target, partial(check_same_model, repo_id, name, merged))
+        open_repository(api, target, partial(check_same_model, repo_id, name, merged, family))
         check_may_write(api, target)
-
-
-def base_names(repo_id: str, revision: str | None) -> dict[str, str]:
-    """Return the file names of a base on the Hub, as in an adapter's config.json.
-
-    Raises:
-        UserError: the repository or its config.json cannot be read.
-    """
-    path = find_folder(repo_id, revision, weights=False) / CONFIG_NAME
-    config = read_json(path) if path.is_file() else None
-    names = weight_names(config)
-    return {key: name if "://" in name else f"hf://{repo_id}/{name}" for key, name in names.items()}
 
 
 def push_run(config: RunConfig, checkpoint: Path) -> str | None:

@@ -1,16 +1,15 @@
-"""Resolve the base model of an adapter on the Hub: names for a published config.json, and a check that files match."""
+"""Resolve the base model of an adapter on the Hub: URLs for a published config.json, and a check that files match."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_csm.errors import UserError
-from hf_csm.hub import hub_errors
+from hf_csm.hub import hub_errors, split_url
 from hf_csm.mixture.provenance import license_id
-from hf_csm.models.moshi.pull import split_name
 from hf_csm.publish.upload import file_oid, oid_of
 
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 HUB, LOCAL = "hf://", "file://"
-_KEYS = ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")
 
 
 @dataclass(frozen=True)
@@ -30,38 +28,40 @@ class HubBase:
         repo_id: of the base model.
         revision: used for training, if one was given.
         license: on its card; several are joined by commas.
-        names: for config.json, as `hf://user/name/file`.
+        urls: `hf://user/name/file` by the URLs of the trained base.
     """
 
     repo_id: str
     revision: str | None
     license: str | None
-    names: dict[str, str]
+    urls: dict[str, str]
 
 
-def find_base(
+def resolve_base(
     api: HfApi,
-    config: Mapping[str, Any],
     name_or_path: str,
     revision: str | None,
     base_model: str | None,
     *,
+    weights: str | None,
+    others: Sequence[str],
     merged: bool = False,
 ) -> HubBase:
     """Return the base of an adapter on the Hub.
 
     Args:
-        config: config.json of the adapter.
         name_or_path: of the base, as configured for the run.
         revision: of the base, if one was given.
         base_model: repository with the same files, if the base is a local folder.
-        merged: weights are pushed merged, so those of the base need not be on the Hub.
+        weights: URL of the weights, if they are available.
+        others: URLs of the other files of the base.
+        merged: weights are pushed merged, so those of a base on the Hub may have changed there.
 
     Raises:
         UserError: the base is local only, is not `base_model`, or has changed on the Hub.
     """
-    names = {key: str(config[key]) for key in _KEYS if "://" in str(config.get(key, ""))}
-    is_local = Path(name_or_path).is_absolute() or any(name.startswith(LOCAL) for name in names.values())
+    urls = [*([weights] if weights else []), *others]
+    is_local = Path(name_or_path).is_absolute() or any(url.startswith(LOCAL) for url in urls)
     if is_local and base_model is None:
         raise UserError(
             f"The base model is the local folder {name_or_path}.",
@@ -72,26 +72,24 @@ def find_base(
     repo_id = base_model or name_or_path
     with hub_errors(f"{repo_id}, the base model: "):
         card = api.model_info(repo_id).card_data
-        if is_local:
-            names = _same_on_hub(api, repo_id, names)
-        elif merged:
-            names.pop("moshi_name", None)
-        for repo in sorted({split_name(name)[0] for name in names.values()}):
-            own = [split_name(name)[1] for name in names.values() if split_name(name)[0] == repo]
-            _check_served(api, repo, own, revision if repo == repo_id and not is_local else None)
-    return HubBase(repo_id, None if is_local else revision, license_id(card.license if card else None) or None, names)
+        used = others if merged and not is_local else urls
+        found = _same_on_hub(api, repo_id, used) if is_local else {url: url for url in used}
+        for repo in sorted({split_url(url)[0] for url in found.values()}):
+            files = [split_url(url)[1] for url in found.values() if split_url(url)[0] == repo]
+            _check_served(api, repo, files, revision if repo == repo_id and not is_local else None)
+    return HubBase(repo_id, None if is_local else revision, license_id(card.license if card else None) or None, found)
 
 
-def _same_on_hub(api: HfApi, repo_id: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names with each `file://` replaced by the file of the repository with the same size and hash."""
+def _same_on_hub(api: HfApi, repo_id: str, urls: Sequence[str]) -> dict[str, str]:
+    """Return, for each `file://` URL, the URL of the file in the repository with the same size and hash."""
     from huggingface_hub.hf_api import RepoFile
 
     files = [entry for entry in api.list_repo_tree(repo_id, recursive=True) if isinstance(entry, RepoFile)]
-    found = dict(names)
-    for key, name in names.items():
-        if not name.startswith(LOCAL):
+    found = {url: url for url in urls}
+    for url in urls:
+        if not url.startswith(LOCAL):
             continue
-        path = Path(name.removeprefix(LOCAL))
+        path = Path(url.removeprefix(LOCAL))
         if not path.is_file():
             raise UserError(
                 f"{path} is missing, so it cannot be compared with {repo_id}.",
@@ -103,7 +101,7 @@ def _same_on_hub(api: HfApi, repo_id: str, names: Mapping[str, str]) -> dict[str
                 f"{repo_id} has no file identical to {path}.",
                 "Name the repository of the base model that the adapter was trained on, or upload that folder.",
             )
-        found[key] = f"{HUB}{repo_id}/{same}"
+        found[url] = f"{HUB}{repo_id}/{same}"
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 
 from hf_csm.errors import UserError
 from hf_csm.models import get_family
-from hf_csm.models.moshi.checkpoint import choose_device
+from hf_csm.models.device import choose_device
 from hf_csm.serving.resolve import AdapterChoice, ResolvedModels, resolve_models
 
 

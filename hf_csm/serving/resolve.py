@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_csm.errors import UserError
+from hf_csm.hub import find_model
 from hf_csm.models import get_family
 from hf_csm.models.emotion_control import EmotionControl, read_emotion_control
-from hf_csm.models.family import Checkpoint, RuntimeAdapter
-from hf_csm.models.moshi.pull import find_folder
+from hf_csm.models.family import Checkpoint, Family, RuntimeAdapter
 
 
 BASE = "base"
@@ -121,7 +121,7 @@ def resolve_models(names: Sequence[str], revision: str | None = None) -> Resolve
             f"{merged.source} is a merged model and cannot be combined with adapters.", "Name its adapter instead."
         )
     for other in models[1:]:
-        if not get_family(first.source).is_same_base(first.checkpoint, other.checkpoint):
+        if not first.family.is_same_base(first.checkpoint, other.checkpoint):
             raise UserError(
                 f"{first.source} {first.origin}, and {other.source} {other.origin}: the base models differ.",
                 "Name adapters of the same base model.",
@@ -153,6 +153,7 @@ class _Model:
 
     given_name: str | None
     source: str
+    family: Family
     checkpoint: Checkpoint
     base: Checkpoint
     adapter: RuntimeAdapter | None
@@ -175,11 +176,11 @@ def _resolve(name: str, revision: str | None) -> _Model:
     given_name, equals, source = name.partition("=")
     if not equals or not re.fullmatch(r"[\w.-]+", given_name) or Path(name).is_dir():
         given_name, source = "", name
-    family = get_family(source)
+    family = get_family(source, revision)
     checkpoint = family.find_checkpoint(source, revision)
     base, adapter = family.split_adapter(checkpoint, given_name or _name_of(source))
-    control = read_emotion_control(find_folder(source, revision))
-    return _Model(given_name or None, source, checkpoint, base, adapter, control)
+    control = read_emotion_control(find_model(source, revision))
+    return _Model(given_name or None, source, family, checkpoint, base, adapter, control)
 
 
 def _name_of(source: str) -> str:

@@ -17,7 +17,6 @@ from hf_csm.data.audio import ROOM_TONE_DB, read_audio, resample, room_tone
 from hf_csm.data.text import normalize_text, split_words
 from hf_csm.errors import UserError
 from hf_csm.models.family import Frame
-from hf_csm.models.moshi.forced_text import WORD_START, Script, words_in
 from hf_csm.serving.loaded import LoadedModel, check_strength, engine_error
 from hf_csm.serving.resolve import AdapterChoice
 from hf_csm.units import (
@@ -110,27 +109,16 @@ def say(
     """
     choice = _choose(model, emotion, adapter, strength)
     words = split_words(check_text(text))
-    engine, tokenizer = model.engine, model.tokenizer
-    script = Script(
-        [tokens for tokens in map(tokenizer.encode, words) if tokens],
-        num_given=len(model.prefix(choice, emotion)),
-        word_starts=[i for i in range(tokenizer.vocab_size()) if tokenizer.id_to_piece(i).startswith(WORD_START)],
-        padding_id=engine.lm.text_padding_token_id,
-        end_of_padding_id=engine.lm.end_of_text_padding_id,
-    )
     num_faded, most_fading = seconds_to_frames(FADED_S), seconds_to_frames(MAX_FADING_S)
     frames: list[Frame] = []
     user = _UserAudio(None, seed)
-    engine.text_policy = script
-    try:
-        for frame in _converse(model, user, choice, emotion, strength, seed):
-            frames.append(frame)
-            after = [] if script.last_frame is None else frames[script.last_frame + 1 :]
-            is_faded = len(after) >= num_faded and all(_is_silent(frame) for frame in after[-num_faded:])
-            if is_faded or len(after) >= most_fading:
-                break
-    finally:
-        engine.text_policy = None
+    for frame in _converse(model, user, choice, emotion, strength, seed, words):
+        frames.append(frame)
+        last = model.engine.last_word_frame(0)
+        after = [] if last is None else frames[last + 1 :]
+        is_faded = len(after) >= num_faded and all(_is_silent(frame) for frame in after[-num_faded:])
+        if is_faded or len(after) >= most_fading:
+            break
     return _speech(model, frames, user, choice, emotion, strength, seed)
 
 
@@ -303,11 +291,19 @@ def _choose(model: LoadedModel, emotion: str | None, adapter: str | None, streng
 
 
 def _converse(
-    model: LoadedModel, user: _UserAudio, choice: AdapterChoice, emotion: str | None, strength: float, seed: int
+    model: LoadedModel,
+    user: _UserAudio,
+    choice: AdapterChoice,
+    emotion: str | None,
+    strength: float,
+    seed: int,
+    words: Sequence[str] = (),
 ) -> Iterator[Frame]:
-    """Start a conversation and yield the generated frames."""
+    """Start a conversation, with forced words if there are any, and yield the generated frames."""
     model.engine.reset(0, seed=seed)
     model.steer(0, choice, emotion, strength)
+    if words:
+        model.engine.force_words(0, words)
     for frame in user:
         try:
             generated = model.engine.step({0: frame})
@@ -330,9 +326,8 @@ def _speech(
     strength: float,
     seed: int,
 ) -> Speech:
-    padding_id = model.engine.lm.text_padding_token_id
-    tokens = [padding_id if frame.is_forced else frame.text_token for frame in frames]
-    words = words_in(tokens, model.tokenizer, model.engine.padding_ids)
+    padding_id = min(model.engine.padding_ids)
+    words = model.engine.words_in([padding_id if frame.is_forced else frame.text_token for frame in frames])
     return Speech(
         audio=np.concatenate([frame.audio for frame in frames]),
         user=np.concatenate(user.frames[: len(frames)]),

@@ -1,12 +1,9 @@
-"""A model family that is not Moshi: a recurrent model over one codebook each way, with files of its own.
+"""A model family that is not Moshi: each frame's text and code from the frame before, with one codebook each way.
 
 It shows what the record in `hf_csm.models.family` asks of a family: nothing but these functions.
 """
 
-from __future__ import annotations
-
 import json
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +13,9 @@ import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from hf_csm.hub import fetch_file, find_model, split_url
 from hf_csm.models.family import NO_TOKEN, Family, Frame, Layout, RuntimeAdapter, SpeechLM, TokenNLL, Window
-from hf_csm.units import SAMPLES_PER_FRAME, frame_at
+from hf_csm.units import SAMPLES_PER_FRAME, frame_at, frames_to_seconds
 
 
 LAYOUT = Layout((0, 0, 0), 1, 1, text_padding_id=0, end_of_text_padding_id=0, text_card=64, card=32)
@@ -25,29 +23,23 @@ DIM = 16
 
 
 class ToyNet(torch.nn.Module):
-    """All streams of a frame to the logits of the next frame's text and code."""
-
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed = torch.nn.ModuleList([torch.nn.Embedding(card + 1, DIM) for card in (64, 32, 32)])
-        self.recurrent = torch.nn.GRU(DIM, DIM, batch_first=True)
-        self.hidden = torch.nn.Linear(DIM, DIM)
-        self.heads = torch.nn.Linear(DIM, 64 + 32)
+        self.hidden, self.heads = torch.nn.Linear(DIM, DIM), torch.nn.Linear(DIM, 64 + 32)
 
-    def forward(self, codes: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, codes):
         x = sum(embed(stream + 1) for embed, stream in zip(self.embed, codes.unbind(1), strict=True))
-        x, state = self.recurrent(x, state)
-        return self.heads(x + self.hidden(x)), state
+        return self.heads(x + self.hidden(x)).split([64, 32], dim=-1)
 
 
 class ToyLM(SpeechLM):
-    def __init__(self, net: torch.nn.Module):
+    def __init__(self, net):
         super().__init__()
         self.net, self.layout = net, LAYOUT
 
-    def forward(self, codes: torch.Tensor) -> TokenNLL:
-        before = torch.nn.functional.pad(codes, (1, -1), value=NO_TOKEN)
-        logits = self.net(before)[0].split([64, 32], dim=-1)
+    def forward(self, codes):
+        logits = self.net(torch.nn.functional.pad(codes, (1, -1), value=NO_TOKEN))
         mask = codes != NO_TOKEN
         mask[:, 2] = False
         nll = torch.zeros(codes.shape)
@@ -60,7 +52,8 @@ class ToyLM(SpeechLM):
 @dataclass
 class ToyCheckpoint:
     name_or_path: str
-    revision: str | None = None
+    revision: str | None
+    weights: Path
     lora_weights: Path | None = None
     is_local: bool = True
 
@@ -76,36 +69,43 @@ class ToyCodec:
 
 
 class ToyTokenizer:
+    """A token is the first letter of a word."""
+
     def encode(self, text):
-        return [1 + ord(character) % 63 for character in text]
+        return [1 + ord(word[0]) % 63 for word in text.split()]
 
     def decode(self, tokens):
         return " ".join(map(str, tokens))
 
 
-def write_tiny_checkpoint(folder, *, seed=0):
-    folder.mkdir(parents=True, exist_ok=True)
+def write_toy(folder, seed=0):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "toy", "weights": "toy.safetensors"}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         save_file(ToyNet().state_dict(), folder / "toy.safetensors")
     return folder
 
 
+def base_urls(name, revision=None):
+    return f"file://{find_model(name)}/toy.safetensors", []
+
+
 def find_checkpoint(name, revision=None):
-    adapter = Path(name, "toy_adapter.json")
-    if adapter.is_file():
-        return ToyCheckpoint(json.loads(adapter.read_text())["base"], None, Path(name, "delta.safetensors"))
-    return ToyCheckpoint(str(Path(name).absolute()), revision)
+    folder = find_model(name, revision, files=["delta.safetensors"])
+    folder = folder / "consolidated" if (folder / "consolidated").is_dir() else folder
+    weights = json.loads((folder / "config.json").read_text())["weights"]
+    if "://" not in weights and not Path(name).is_dir():
+        weights = f"hf://{name}/{weights}"
+    path = fetch_file(*split_url(weights)) if weights.startswith("hf://") else folder / weights.removeprefix("file://")
+    delta = folder / "delta.safetensors"
+    return ToyCheckpoint(str(name), revision, path, delta if delta.is_file() else None)
 
 
 def load_net(checkpoint):
     net = ToyNet()
-    net.load_state_dict(load_file(Path(checkpoint.name_or_path, "toy.safetensors")))
+    net.load_state_dict(load_file(checkpoint.weights))
     return net
-
-
-def load_lm(checkpoint, *, device, dtype, gradient_checkpointing=False):
-    return ToyLM(load_net(checkpoint).to(device, dtype))
 
 
 def lay_out(row, layout, tokenize, *, prefix=None, max_frames=None):
@@ -121,22 +121,23 @@ def lay_out(row, layout, tokenize, *, prefix=None, max_frames=None):
 
 def stream_masks(codes, num_given, layout):
     masks = torch.zeros(2, *codes.shape, dtype=torch.bool)
-    frames = torch.arange(codes.shape[2])
-    masks[0, :, 0] = (codes[:, 0] != NO_TOKEN) & (frames >= num_given[:, None])
+    masks[0, :, 0] = (codes[:, 0] != NO_TOKEN) & (torch.arange(codes.shape[2]) >= num_given[:, None])
     masks[1, :, 1] = codes[:, 1] != NO_TOKEN
     return masks
 
 
+def load_lm(checkpoint, *, device, dtype, gradient_checkpointing=False):
+    net = load_net(checkpoint).to(device, dtype)
+    net.name_or_path = checkpoint.name_or_path  # as PEFT reads it
+    return ToyLM(net)
+
+
 def add_lora(model, *, rank, alpha, target_modules, dropout=0.0, seed=0):
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=["hidden"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=["hidden"])
         model.net = peft.get_peft_model(model.net, config)
     return model
-
-
-def save_adapter(model, folder):
-    model.net.save_pretrained(folder)
 
 
 def load_adapter(model, folder):
@@ -147,47 +148,43 @@ def load_adapter(model, folder):
     return model
 
 
-def delta_of(config, weights):
-    low, high = (next(w for name, w in weights.items() if f".lora_{part}." in name) for part in "AB")
-    return {"delta": (high @ low * (config.lora_alpha / config.r)).detach().clone()}
+def delta_of(adapter):
+    if isinstance(adapter, ToyLM):
+        config, weights = adapter.net.peft_config["default"], get_peft_model_state_dict(adapter.net)
+    else:
+        config, weights = peft.PeftConfig.from_pretrained(adapter), load_file(adapter / "adapter_model.safetensors")
+    low, high = (next(weight for name, weight in weights.items() if f".lora_{part}." in name) for part in "AB")
+    return (high @ low * (config.lora_alpha / config.r)).detach().clone()
 
 
-def export_adapter(model, checkpoint, folder):
+def export_adapter(adapter, checkpoint, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    config, weights = model.net.peft_config["default"], get_peft_model_state_dict(model.net)
-    save_file(delta_of(config, weights), folder / "delta.safetensors")
-    (folder / "toy_adapter.json").write_text(json.dumps({"base": checkpoint.name_or_path}))
-    assert load_file(folder / "delta.safetensors")["delta"].shape == (DIM, DIM)
-
-
-def merged_net(net, delta):
-    net.hidden.weight.data += delta
-    return net
+    save_file({"delta": delta_of(adapter)}, folder / "delta.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "toy", "weights": f"file://{checkpoint.weights}"}))
 
 
 def merge_adapter(adapter, checkpoint, folder):
-    config = peft.PeftConfig.from_pretrained(adapter)
-    delta = delta_of(config, load_file(adapter / "adapter_model.safetensors"))["delta"]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(merged_net(load_net(checkpoint), delta).state_dict(), folder / "toy.safetensors")
+    weights = load_file(checkpoint.weights)
+    weights["hidden.weight"] += delta_of(adapter)
+    save_file(weights, folder / "toy.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "toy", "weights": "toy.safetensors"}))
 
 
 @torch.no_grad()
 def verify_export(folder, adapter, checkpoint, *, device, dtype=torch.float32):
     codes = torch.randint(32, (1, 3, 8), generator=torch.Generator().manual_seed(0))
-    if (folder / "delta.safetensors").is_file():
-        net = merged_net(load_net(checkpoint), load_file(folder / "delta.safetensors")["delta"])
-    else:
-        net = load_net(find_checkpoint(folder))
-    trained = load_adapter(ToyLM(load_net(checkpoint)), adapter).eval().net
-    difference = (net(codes)[0] - trained(codes)[0]).abs().max().item()
+    found = find_checkpoint(folder)
+    engine = open_engine(found, [split_adapter(found, "")[1]] if found.lora_weights else [])
+    engine.set_strength(0, 0, 1.0)
+    trained = load_adapter(load_lm(checkpoint, device=device, dtype=torch.float32), adapter).eval()
+    difference = (engine.net_of(0)(codes)[0] - trained.net(codes)[0]).abs().max().item()
     assert difference < 1e-5, difference
     return difference
 
 
 def split_adapter(checkpoint, name):
-    adapter = RuntimeAdapter(name, checkpoint.lora_weights, DIM, 1.0) if checkpoint.lora_weights else None
-    return ToyCheckpoint(checkpoint.name_or_path), adapter
+    base = ToyCheckpoint(str(checkpoint.weights.parent), None, checkpoint.weights)
+    return base, RuntimeAdapter(name, checkpoint.lora_weights, DIM, 1.0) if checkpoint.lora_weights else None
 
 
 class ToyEngine:
@@ -195,53 +192,55 @@ class ToyEngine:
 
     padding_ids = frozenset({0})
 
-    def __init__(self, net, deltas, num_slots, temperature):
-        self.net, self.deltas, self.num_slots, self.temperature = net, deltas, num_slots, temperature or 1.0
-        self.base = net.hidden.weight.detach().clone()
+    def __init__(self, net, deltas, num_slots):
+        self.net, self.deltas, self.num_slots = net, deltas, num_slots
+        self.base, self.slots = net.hidden.weight.detach().clone(), {}
         self.strengths = np.zeros((num_slots, len(deltas)))
-        for slot in range(num_slots):
-            self.reset(slot)
 
     def reset(self, slot, *, seed=None):
-        if not hasattr(self, "slots"):
-            self.slots = {}
-        self.slots[slot] = [None, torch.full((1, 3, 1), NO_TOKEN), deque(), torch.Generator().manual_seed(seed or 0)]
-
-    def warm_up(self):
-        pass
+        generator = torch.Generator().manual_seed(seed or 0)
+        self.slots[slot] = [torch.full((1, 3, 1), NO_TOKEN), generator, []]
 
     def force_text(self, slot, tokens):
-        self.slots[slot][2] = deque(tokens)
+        self.slots[slot][2] = list(tokens)
+
+    def force_words(self, slot, words):
+        self.slots[slot][2] += ToyTokenizer().encode(" ".join(words))
+        self.last = len(self.slots[slot][2]) - 1
+
+    def last_word_frame(self, slot):
+        return None if self.slots[slot][2] else self.last
+
+    def words_in(self, tokens):
+        return [{"word": str(t), "start_s": frames_to_seconds(n)} for n, t in enumerate(tokens) if t]
 
     def set_strength(self, slot, adapter, strength):
-        self.strengths[slot, adapter] = strength
+        self.strengths[slot, adapter : adapter + 1] = strength
+
+    def net_of(self, slot):
+        pairs = zip(self.strengths[slot], self.deltas, strict=True)
+        self.net.hidden.weight.data = self.base + sum(strength * delta for strength, delta in pairs)
+        return self.net
 
     @torch.no_grad()
     def step(self, frames):
         return {slot: self.step_slot(slot, user) for slot, user in frames.items()}
 
     def step_slot(self, slot, user):
-        state, before, forced, generator = self.slots[slot]
-        pairs = zip(self.strengths[slot], self.deltas, strict=True)
-        self.net.hidden.weight.data = self.base + sum(strength * delta for strength, delta in pairs)
-        logits, state = self.net(before, state)
-        probabilities = [(x[0, 0] / self.temperature).softmax(-1) for x in logits.split([64, 32], dim=-1)]
+        before, generator, forced = self.slots[slot]
+        probabilities = [logits[0, 0].softmax(-1) for logits in self.net_of(slot)(before)]
         text, code = (int(torch.multinomial(p, 1, generator=generator)) for p in probabilities)
-        is_forced = bool(forced)
-        text = forced.popleft() if forced else text
-        heard = int(ToyCodec().encode([np.stack([user, user])])[0][0, 0, 0])
-        self.slots[slot][:2] = state, torch.tensor([[[text], [code], [heard]]])
-        return Frame(text, np.full(SAMPLES_PER_FRAME, code / 32, np.float32), np.array([code]), is_forced)
+        text = forced.pop(0) if forced else text
+        user_code = int(ToyCodec().encode([np.stack([user, user])])[0][0, 0, 0])
+        self.slots[slot][0] = torch.tensor([[[text], [code], [user_code]]])
+        return Frame(text, np.full(SAMPLES_PER_FRAME, code / 32, np.float32), np.array([code]))
 
     def close(self):
         pass
 
 
-def open_engine(
-    checkpoint, adapters=(), *, num_slots=1, device="cpu", dtype=None, temperature=None, text_temperature=None
-):
-    deltas = [load_file(adapter.weights)["delta"] for adapter in adapters]
-    return ToyEngine(load_net(checkpoint), deltas, num_slots, temperature)
+def open_engine(checkpoint, adapters=(), *, num_slots=1, device="cpu", dtype=None, **sampling):
+    return ToyEngine(load_net(checkpoint), [load_file(adapter.weights)["delta"] for adapter in adapters], num_slots)
 
 
 TOY = Family(
@@ -252,19 +251,21 @@ TOY = Family(
     load_codec=lambda checkpoint, device="cpu": ToyCodec(),
     load_tokenizer=lambda checkpoint: ToyTokenizer(),
     codec_sha256=lambda checkpoint: "toy",
+    base_urls=base_urls,
     lay_out=lay_out,
     stream_masks=stream_masks,
     stream_weights=lambda config: (config.text_weight, config.first_codebook_weight),
     add_lora=add_lora,
     load_adapter=load_adapter,
-    save_adapter=save_adapter,
+    save_adapter=lambda model, folder: model.net.save_pretrained(folder),
     adapter_parameters=lambda model: [weight for weight in model.parameters() if weight.requires_grad],
     adapter_disabled=lambda model: model.net.disable_adapter(),
+    adapter_files=("delta.safetensors", "config.json"),
+    merged_files=("toy.safetensors", "config.json"),
     export_adapter=export_adapter,
-    verify_export=verify_export,
     merge_adapter=merge_adapter,
+    verify_export=verify_export,
     split_adapter=split_adapter,
-    is_same_base=lambda one, other: one.name_or_path == other.name_or_path,
+    is_same_base=lambda one, other: one.weights == other.weights,
     open_engine=open_engine,
-    write_tiny_checkpoint=write_tiny_checkpoint,
 )

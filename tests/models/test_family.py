@@ -3,43 +3,44 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
+from hf_csm import models
+from hf_csm.cli import main
 from hf_csm.config_parser import parse_run_config
 from hf_csm.encode.compose import Composition
 from hf_csm.encode.run import encode
-from hf_csm.models import get_family
-from hf_csm.models.emotion_control import EmotionControl, write_emotion_control
+from hf_csm.serving.loaded import load_model
+from hf_csm.serving.speech import say
 from hf_csm.training.loop import train
 from hf_csm.training.metrics_log import read_metrics
-from tests.doubles.toy_family import TOY
+from tests.doubles.hub import LocalHub
+from tests.doubles.toy_family import TOY, ToyTokenizer, write_toy
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import generate_samples  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(models.FAMILIES, "toy", "tests.doubles.toy_family:TOY")
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return TOY.write_tiny_checkpoint(tmp_path_factory.mktemp("toy") / "base")
+    return write_toy(tmp_path_factory.mktemp("toy") / "base")
 
 
 @pytest.fixture(scope="module")
 def codes(base, prepared, tmp_path_factory):
-    checkpoint = TOY.find_checkpoint(str(base))
     out = tmp_path_factory.mktemp("codes") / "ravdess"
-    composition = Composition(duration_s=12.0)
-    encode(
-        prepared,
-        out,
-        TOY.load_codec(checkpoint),
-        TOY.codec_sha256(checkpoint),
-        composition=composition,
-        progress=False,
-    )
+    encode(prepared, out, TOY.load_codec(base), "toy", composition=Composition(duration_s=12.0), progress=False)
     return out
 
 
@@ -90,29 +91,50 @@ def test_a_run_resumes_bit_for_bit(base, codes, trained, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_checkpoint_holds_an_export_that_equals_the_trained_model(base, trained):
+def test_an_adapter_is_exported_and_pushed_like_moshis(base, trained, tmp_path):
+    assert main(["export", str(trained), "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", str(trained), "--out", str(tmp_path / "merged"), "--merged"]) == 0
     checkpoint = TOY.find_checkpoint(str(base))
-    assert TOY.verify_export(trained / "consolidated", trained / "adapter", checkpoint, device="cpu") < 1e-5
+    for name in ("out", "merged"):
+        assert TOY.verify_export(tmp_path / name, trained / "adapter", checkpoint, device="cpu") < 1e-5
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"config.json", "delta.safetensors", "adapter_model.safetensors", "emotions.json", "corpora.json"}
+    with LocalHub(tmp_path / "hub") as hub, hub.connected(tmp_path / "home"):
+        HfApi().create_repo("user/base")
+        HfApi().upload_folder(folder_path=base, repo_id="user/base")
+        for source, repo_id in ((trained, "user/toy"), (tmp_path / "merged", "user/merged")):
+            assert main(["push", str(source), "--repo-id", repo_id, "--base-model", "user/base"]) == 0
+            assert str(TOY.find_checkpoint(repo_id).weights).startswith(str(tmp_path / "home"))
+            assert TOY.verify_export(repo_id, trained / "adapter", checkpoint, device="cpu") < 1e-5
 
 
-def test_merged_weights_equal_the_trained_model(base, trained, tmp_path):
-    checkpoint = TOY.find_checkpoint(str(base))
-    TOY.merge_adapter(trained / "adapter", checkpoint, tmp_path / "merged")
-    assert TOY.verify_export(tmp_path / "merged", trained / "adapter", checkpoint, device="cpu") < 1e-5
+def test_a_text_is_spoken_by_adapter_and_base(trained, tmp_path):
+    model = load_model([f"toy={trained}"])
+    happy = say(model, "open the door", emotion="happy", seed=1)
+    assert happy.text_tokens[:4] == ToyTokenizer().encode("(happy) open the door")
+    base, none = (
+        say(model, "open the door", adapter=adapter, strength=strength, seed=1)
+        for adapter, strength in (("base", 1.0), ("toy", 0.0))
+    )
+    assert np.array_equal(base.audio, none.audio)
+    assert not np.array_equal(base.audio[: len(happy.audio)], happy.audio[: len(base.audio)])
 
 
-def test_samples_of_adapter_and_base_are_generated(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_csm.models.get_family", lambda name: TOY)
-    folder = trained / "consolidated"
-    write_emotion_control(EmotionControl("prefix", "({emotion})", ("happy", "sad")), folder)
-    samples = generate_samples.generate_samples(folder, tmp_path, duration_s=8.0, seed=1)
+def test_samples_of_adapter_and_base_are_generated(trained, tmp_path):
+    samples = generate_samples.generate_samples(trained, tmp_path, duration_s=8.0, seed=1)
+    emotions = list(dict.fromkeys(sample.emotion for sample in samples))
+    assert emotions == ["neutral", "happy", "sad", "angry"]
     assert [(sample.model, sample.emotion) for sample in samples] == [
-        (model, emotion) for model in ("trained", "base") for emotion in ("happy", "sad")
+        (model, emotion) for model in ("trained", "base") for emotion in emotions
     ]
     clips = {path.name: soundfile.read(path)[0].tobytes() for path in tmp_path.iterdir()}
-    for emotion in ("happy", "sad"):
+    for emotion in emotions:
         assert clips[f"trained_{emotion}.wav"] != clips[f"base_{emotion}.wav"]
 
 
-def test_moshi_is_the_family_of_every_other_checkpoint(tiny_moshi):
-    assert get_family(str(tiny_moshi)).name == "moshi"
+def test_the_family_is_that_of_config_json(base, trained, tiny_moshi, tmp_path):
+    for folder in (base, trained):
+        assert models.get_family(folder).name == "toy"
+    assert models.get_family(tiny_moshi).name == "moshi"
+    (tmp_path / "config.json").write_text('{"dim": 4096}')
+    assert models.get_family(tmp_path).name == "moshi"

@@ -73,7 +73,7 @@ def test_a_training_checkpoint_becomes_a_folder_for_peft_and_for_moshi(checkpoin
 def test_a_checkpoint_with_a_truncated_or_missing_file_is_refused(checkpoint_dir, tmp_path, name):
     path = checkpoint_dir / "adapter" / name
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match=name):
         export_checkpoint(checkpoint_dir, tmp_path / "out")
     path.unlink()
     with pytest.raises(UserError, match=name):
@@ -140,7 +140,7 @@ def test_an_adapter_of_peft_alone_is_exported(run, base_on_hub, tmp_path):
 
 
 def test_what_has_no_adapter_is_refused_before_weights_are_fetched(hub, base_on_hub, tmp_path, capsys):
-    with pytest.raises(UserError, match="kyutai/tiny has no folder adapter/ and is no PEFT adapter") as error:
+    with pytest.raises(UserError, match="kyutai/tiny has no folder adapter/") as error:
         export_checkpoint(base_on_hub, tmp_path / "out")
     assert "Hub repository with an adapter" in error.value.remedy
     assert not [request for request in hub.requests if "safetensors" in request and "adapter_model" not in request]
@@ -155,5 +155,5 @@ def test_what_has_no_adapter_is_refused_before_weights_are_fetched(hub, base_on_
 def test_an_adapter_that_names_no_base_is_refused(run, tmp_path, base):
     path = run / "checkpoint_000010" / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
-    with pytest.raises(UserError, match="does not say which base model"):
+    with pytest.raises(UserError, match="which base model"):
         export_checkpoint(run / "best", tmp_path / "out")

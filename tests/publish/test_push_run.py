@@ -202,7 +202,9 @@ def test_a_push_that_fails_gives_the_command_and_changes_nothing(hub, base_on_hu
 
 
 @pytest.mark.parametrize("rank, expected", [("0", ["check", "train", "push"]), ("1", ["train"])])
-def test_the_recipe_checks_first_and_pushes_last_on_the_main_process_only(monkeypatch, tmp_path, rank, expected):
+def test_the_recipe_checks_first_and_pushes_last_on_the_main_process_only(
+    monkeypatch, tmp_path, tiny_moshi, rank, expected
+):
     from hf_csm.training import loop
 
     done = []
@@ -211,7 +213,7 @@ def test_the_recipe_checks_first_and_pushes_last_on_the_main_process_only(monkey
     monkeypatch.setattr(module, "push_run", lambda config, checkpoint: done.append("push"))
     monkeypatch.setattr(loop, "train", lambda config, family: done.append("train") or tmp_path)
     recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "train.py"))
-    recipe["main"](["--training.push_to_hub", "user/happy"])
+    recipe["main"](["--training.push_to_hub", "user/happy", "--moshi_paths.hf_repo_id", str(tiny_moshi)])
     assert done == expected
 
 

@@ -62,7 +62,7 @@ def test_who_may_not_push_is_told_why_in_two_lines(
     token = tokens.get(who, who)
     with hub.connected(tmp_path / "home", token):
         assert cli.main(["push", str(run / "best"), "--repo-id", repo_id]) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s]" not in line]
     assert len(lines) == 2 and problem in lines[0] and remedy in lines[1]
     assert token is None or token not in "".join(lines)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import choose_device
+from hf_csm.models.device import choose_device
 from hf_csm.serving.loaded import check_strength, load_model, load_weights
 from hf_csm.serving.resolve import BASE, resolve_models
 from hf_csm.serving.server.steering import SessionOptions, Steering, SteeringRequest, SteeringState

@@ -108,7 +108,7 @@ def test_invalid_combinations_are_refused(tiny_moshi, other_base, expressive, tm
     assert "whole models" in refused([tiny_moshi, merged]).problem
     assert refused([]).problem == "No model was given."
     assert "2 models" in refused([tiny_moshi, expressive], revision="v1").problem
-    assert "there is no folder" in refused([tmp_path / "nothing"]).problem.lower()
+    assert "no such folder" in refused([tmp_path / "nothing"]).problem.lower()
 
 
 def test_config_without_rank_is_refused(expressive, tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from hf_csm.cli import main
 from hf_csm.errors import UserError
+from hf_csm.models.moshi.forced_text import script_of, words_in
 from hf_csm.serving import speech as offline
 from hf_csm.serving.loaded import LoadedModel, load_model
 from hf_csm.serving.resolve import BASE
@@ -59,7 +60,6 @@ def test_every_word_is_spoken_once_in_order(model):
     assert speech_.text_tokens[-3:] == [3, 3, 3]
     assert speech_.text_tokens[-4] != 3
     assert -70 < level_db(speech_.user) < -50
-    assert model.engine.text_policy is None
     assert (speech_.adapter, speech_.emotion, speech_.seed) == ("expressive", "happy", 3)
 
 
@@ -84,13 +84,23 @@ def test_strength_0_speaks_like_the_base_model(model):
 class FakeEngine:
     """An engine that generates a script: `(text token, amplitude)` of each frame, the last one repeated."""
 
-    def __init__(self, script, lm):
-        self.script, self.lm = script, lm
-        self.num_slots, self.padding_ids, self.text_policy = 1, frozenset({0, 3}), None
+    def __init__(self, script, tokenizer):
+        self.script, self.tokenizer = script, tokenizer
+        self.num_slots, self.padding_ids, self.words = 1, frozenset({0, 3}), None
         self.inputs, self.forced = [], []
 
     def reset(self, slot, *, seed=None):
         self.inputs.clear()
+        self.words = None
+
+    def force_words(self, slot, words):
+        self.words = script_of(words, self.tokenizer, num_given=0, padding_id=3, end_of_padding_id=0)
+
+    def last_word_frame(self, slot):
+        return self.words.last_frame
+
+    def words_in(self, text_tokens):
+        return words_in(text_tokens, self.tokenizer, self.padding_ids)
 
     def set_strength(self, slot, adapter, strength):
         pass
@@ -104,10 +114,8 @@ class FakeEngine:
         if number < 0:
             return {}
         token, amplitude = self.script[min(number, len(self.script) - 1)]
-        if self.text_policy is not None:
-            tokens = torch.tensor([token])
-            self.text_policy(tokens)
-            token = int(tokens[0])
+        if self.words is not None:
+            token = self.words.follow(token)
         wave = amplitude * np.where(np.arange(SAMPLES_PER_FRAME) % 2, 1.0, -1.0)
         return {0: offline.Frame(token, wave.astype(np.float32), np.zeros(8, dtype=np.int64))}
 
@@ -117,7 +125,7 @@ def script(model, monkeypatch):
     """Make the model generate a script; returns the engine."""
 
     def use_script(script):
-        monkeypatch.setattr(model, "engine", FakeEngine(script, model.engine.lm))
+        monkeypatch.setattr(model, "engine", FakeEngine(script, model.tokenizer))
         return model.engine
 
     return use_script
@@ -213,7 +221,6 @@ def test_failed_engine_is_reported(model, monkeypatch, failure, words):
             speak()
         assert len(str(caught.value).splitlines()) == 2
         assert caught.value.__cause__ is failure
-    assert model.engine.text_policy is None
 
 
 @pytest.mark.parametrize(

@@ -19,22 +19,28 @@ from moshi.models.compression import MimiModel
 from safetensors import SafetensorError
 
 from hf_csm.errors import UserError
-from hf_csm.hub import hub_errors
-from hf_csm.models.family import RuntimeAdapter
-from hf_csm.models.moshi.pull import (
+from hf_csm.hub import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     EMOTIONS_NAME,
-    check_safe,
     fetch_file,
-    find_folder,
-    split_name,
-    weight_names,
+    find_model,
+    hub_errors,
+    split_url,
 )
+from hf_csm.models.family import RuntimeAdapter
 
 
 CONSOLIDATED_NAME = "consolidated"
 """Folder of a training checkpoint with the files that moshi loads."""
+DEFAULT_NAMES = {
+    "moshi_name": loaders.MOSHI_NAME,
+    "mimi_name": loaders.MIMI_NAME,
+    "tokenizer_name": loaders.TEXT_TOKENIZER_NAME,
+}
+"""File names of a checkpoint whose config.json does not give them."""
+BASE_KEYS = (*DEFAULT_NAMES, "mimi_config_name")
+"""Keys of config.json that name files of the base, which an adapter's config.json names too."""
 LORA_KEYS = ("lora", "lora_name", "lora_rank", "lora_scaling")
 """What an adapter's config.json has beside the keys of its base."""
 
@@ -69,13 +75,35 @@ def find_checkpoint(repo_or_folder: str, revision: str | None = None) -> MoshiCh
     Raises:
         UserError: a file is missing or unreadable, or a repository cannot be reached.
     """
-    folder = find_folder(repo_or_folder, revision)
+    folder = find_model(repo_or_folder, revision)
     if not Path(repo_or_folder).expanduser().is_dir():
         return _find_files(folder, repo_or_folder, revision)
     folder = folder.resolve()
     if (folder / CONSOLIDATED_NAME).is_dir() and not (folder / CONFIG_NAME).is_file():
         folder = folder / CONSOLIDATED_NAME
     return _find_files(folder, str(folder), None)
+
+
+def base_urls(repo_or_folder: str, revision: str | None = None) -> tuple[str, list[str]]:
+    """Return the URL, `hf://` or `file://`, of the weights of a language model, and those of its other files.
+
+    Nothing is downloaded but config.json.
+
+    Raises:
+        UserError: config.json is missing or unreadable.
+    """
+    folder = find_model(repo_or_folder, revision)
+    name_or_path = str(folder.resolve()) if Path(repo_or_folder).expanduser().is_dir() else repo_or_folder
+    is_default = not (folder / CONFIG_NAME).is_file() and not Path(name_or_path).is_absolute()
+    urls = named_urls(name_or_path, {} if is_default else _read_json(folder / CONFIG_NAME, name_or_path))
+    return urls.pop("moshi_name"), list(urls.values())
+
+
+def named_urls(name_or_path: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the URLs of the files of a base, by their keys in config.json; moshi's defaults for missing keys."""
+    place = f"file://{name_or_path}" if Path(name_or_path).is_absolute() else f"hf://{name_or_path}"
+    names = DEFAULT_NAMES | {key: str(config[key]) for key in BASE_KEYS if config.get(key)}
+    return {key: name if "://" in name else f"{place}/{name}" for key, name in names.items()}
 
 
 def _find_files(folder: Path, name_or_path: str, revision: str | None) -> MoshiCheckpoint:
@@ -92,10 +120,11 @@ def _find_files(folder: Path, name_or_path: str, revision: str | None) -> MoshiC
             f"Make them with `hf-csm export {name_or_path} --out DIR`, and name DIR.",
         )
     config = _read_json(folder / CONFIG_NAME, name_or_path) if has_config or is_local else {}
+    names = DEFAULT_NAMES | {key: str(config[key]) for key in (*BASE_KEYS, "lora_name") if config.get(key)}
+    for key, name in names.items():
+        _check_name(key, name, name_or_path)
     revisions = _base_revisions(folder, name_or_path)
-    paths = {
-        key: _resolve(str(name), folder, key, name_or_path, revisions) for key, name in weight_names(config).items()
-    }
+    paths = {key: _resolve(key, name, folder, name_or_path, revisions) for key, name in names.items()}
     if not has_config:
         files = paths["moshi_name"], paths["mimi_name"], paths["tokenizer_name"]
         return MoshiCheckpoint(*files, name_or_path=name_or_path, revision=revision)
@@ -148,16 +177,40 @@ def _read_json(path: Path, name_or_path: str) -> dict[str, Any]:
     return value
 
 
-def _resolve(name: str, folder: Path, key: str, name_or_path: str, revisions: dict[str, str]) -> Path:
-    """Return the file that `name` means in the config.json of `folder`, downloaded if it is on the Hub."""
-    if name.startswith("hf://"):
-        repo_id, filename = split_name(name)
-        check_safe(key, name, name_or_path)
-        problem = f"{name_or_path}/config.json names {name} ({key}), which cannot be had: "
+def _check_name(key: str, name: str, name_or_path: str) -> None:
+    """Check a file name in a config.json.
+
+    Of the Hub, weights must be in safetensors, since unpickling can run code, and local files must not be named.
+    """
+    is_local = Path(name_or_path).is_absolute()
+    problem = None
+    is_weights = key in ("moshi_name", "mimi_name", "lora_name")
+    if is_weights and (not is_local or name.startswith("hf://")) and not name.endswith(".safetensors"):
+        problem = "which is not in safetensors; other formats can run code when they are loaded"
+    if not is_local and name.startswith("file://"):
+        problem = "a file on another machine"
+    if not is_local and "://" not in name and {"", ".", ".."} & set(name.split("/")):
+        problem = "which is outside of the repository"
+    if problem:
+        raise UserError(
+            f"{name_or_path}: config.json names {name} ({key}), {problem}.",
+            "Correct the name, or ask the owner of the repository to correct it.",
+        )
+
+
+def _resolve(key: str, name: str, folder: Path, name_or_path: str, revisions: dict[str, str]) -> Path:
+    """Return the file that `name` refers to in the config.json of `folder`, downloaded if it is on the Hub."""
+    is_relative = "://" not in name
+    if name.startswith("hf://") or (is_relative and not Path(name_or_path).is_absolute()):
+        repo_id, filename = (name_or_path, name) if is_relative else split_url(name)
+        problem = f"{name_or_path}: {name} ({key} of config.json) is not available: "
         with hub_errors(problem):
-            fetched = fetch_file(repo_id, filename, revisions.get(repo_id))
+            fetched = fetch_file(repo_id, filename, folder.name if is_relative else revisions.get(repo_id))
         if fetched is None:
-            raise UserError(f"{problem}the Hub repository has no such file.", "Correct the name in config.json.")
+            raise UserError(
+                f"{problem}the Hub repository {repo_id} has no such file.",
+                "Name a repository with a Moshi model or adapter, or correct the name in its config.json.",
+            )
         return fetched
     path = Path(name.removeprefix("file://")) if name.startswith("file://") else folder / name
     if not path.is_file():
@@ -189,7 +242,7 @@ def split_adapter(checkpoint: MoshiCheckpoint, name: str) -> tuple[MoshiCheckpoi
     base = copy.copy(checkpoint)
     moshi_name = str(config.get("moshi_name", ""))
     base.name_or_path = (
-        split_name(moshi_name)[0] if moshi_name.startswith("hf://") else str(checkpoint.moshi_weights.parent)
+        split_url(moshi_name)[0] if moshi_name.startswith("hf://") else str(checkpoint.moshi_weights.parent)
     )
     base.lora_weights, base.revision = None, None
     base.lm_config = None if checkpoint.lm_config is None else without_lora(checkpoint.lm_config)
@@ -251,19 +304,3 @@ def codec_sha256(checkpoint: loaders.CheckpointInfo) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def choose_device(name: str | None = None) -> torch.device:
-    """Return the device of this name; by default a GPU if there is one.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used: {reason}", "Give cpu, or cuda with a GPU.") from error
-    return device

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import sentencepiece
 import torch
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMGen, LMModel
 from moshi.modules.streaming import State, StreamingModule
 
 from hf_csm.models.family import Frame, RuntimeAdapter
-from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, load_mimi
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, load_mimi, load_tokenizer
+from hf_csm.models.moshi.forced_text import Script, script_of, words_in
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.runtime_lora import Strengths, add_adapters
 from hf_csm.units import SAMPLES_PER_FRAME
@@ -35,8 +37,6 @@ class Engine:
 
     Attributes:
         padding_ids: tokens of the text stream that are no text.
-        text_policy: called with the sampled text tokens, `[B]` on the device, before the audio of the frame is
-            sampled; may change them in place.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Engine:
         *,
         num_slots: int = 1,
         strengths: Strengths | None = None,
+        tokenizer: sentencepiece.SentencePieceProcessor | None = None,
         use_sampling: bool = True,
         temperature: float = 0.8,
         text_temperature: float = 0.7,
@@ -58,13 +59,14 @@ class Engine:
             lm: in eval mode, without PEFT layers.
             mimi: gets as many codebooks as `lm` has.
             strengths: of `add_adapters`, with the same number of slots.
+            tokenizer: of the text stream; needed for words only.
             temperature: of the audio; `top_k` too.
         """
         assert num_slots > 0, num_slots
         self.lm, self.mimi, self.num_slots = lm, mimi, num_slots
         self.padding_ids = frozenset({lm.end_of_text_padding_id, lm.text_padding_token_id})
-        self.text_policy: Callable[[torch.Tensor], None] | None = None
-        self._strengths = strengths
+        self._strengths, self._tokenizer = strengths, tokenizer
+        self._scripts: dict[int, Script] = {}
         self._device = lm.device
         # Each thread has a current device of its own, 0 at first, and CUDA graphs are captured on it; -1 is none.
         self._cuda_index = -1 if self._device.index is None else self._device.index
@@ -88,6 +90,7 @@ class Engine:
         self._num_steps = [0] * num_slots
         self._forced: list[deque[int]] = [deque() for _ in range(num_slots)]
         self._forced_now: dict[int, int] = {}
+        self._stepping: list[int] = []
         self._was_forced: list[deque[bool]] = [
             deque() for _ in range(num_slots)
         ]  # of the frames that delays still hold back
@@ -122,6 +125,7 @@ class Engine:
         self._num_steps[slot] = 0
         self._forced[slot].clear()
         self._was_forced[slot].clear()
+        self._scripts.pop(slot, None)
 
     def force_text(self, slot: int, tokens: Sequence[int]) -> None:
         """Write these tokens over the sampled text tokens, one a step; they replace those still queued.
@@ -130,6 +134,27 @@ class Engine:
         were written before stay in the stream. An empty sequence clears the queue.
         """
         self._forced[slot] = deque(tokens)
+
+    def force_words(self, slot: int, words: Sequence[str]) -> None:
+        """Make the model say these words in a new conversation, after the text forced so far; see `Script`."""
+        assert self._tokenizer is not None, "the engine has no tokenizer"
+        assert self._num_steps[slot] == 0, "the conversation has begun"
+        self._scripts[slot] = script_of(
+            words,
+            self._tokenizer,
+            num_given=len(self._forced[slot]),
+            padding_id=self.lm.text_padding_token_id,
+            end_of_padding_id=self.lm.end_of_text_padding_id,
+        )
+
+    def last_word_frame(self, slot: int) -> int | None:
+        """Return the frame with the last token of the forced words; None before it."""
+        return self._scripts[slot].last_frame
+
+    def words_in(self, text_tokens: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the words of a text stream: `word`, and `start_s` in seconds from its first frame."""
+        assert self._tokenizer is not None, "the engine has no tokenizer"
+        return words_in(text_tokens, self._tokenizer, self.padding_ids)
 
     def set_strength(self, slot: int, adapter: int, strength: float) -> None:
         """Set the strength of an adapter in a slot, from the next step on; see `Strengths`."""
@@ -165,6 +190,7 @@ class Engine:
             if self._forced[slot] and self._num_steps[slot] >= self.lm.delays[0]
         }
         self._talker.only(slots)
+        self._stepping = slots
         tokens = self._generator.step(codes)
         assert tokens is not None
         for slot in slots:
@@ -192,8 +218,9 @@ class Engine:
     def _on_text(self, text_tokens: torch.Tensor) -> None:
         for slot, token in self._forced_now.items():
             text_tokens[slot] = token
-        if self.text_policy is not None:
-            self.text_policy(text_tokens)
+        for slot in self._stepping:
+            if slot in self._scripts:
+                text_tokens[slot] = self._scripts[slot].follow(int(text_tokens[slot]))
 
     def _mask(self, slots: Collection[int]) -> torch.Tensor:
         return torch.tensor([slot in slots for slot in range(self.num_slots)], device=self._device)
@@ -239,7 +266,8 @@ def open_engine(
     strengths = None
     if adapters:
         strengths = add_adapters(lm, adapters, num_slots=num_slots, base_name=checkpoint.name_or_path)
-    return Engine(lm, mimi, num_slots=num_slots, strengths=strengths, **options)
+    tokenizer = load_tokenizer(checkpoint)
+    return Engine(lm, mimi, num_slots=num_slots, strengths=strengths, tokenizer=tokenizer, **options)
 
 
 class _Running:

@@ -1,7 +1,7 @@
-"""From a PEFT adapter to the files that moshi's own loader and server take, each checked by loading it back.
+"""Export a PEFT adapter to the files that moshi's loader and server read.
 
-moshi reads one rank and one scaling for the whole model, and weights for every linear layer: those the adapter leaves
-alone are written as zeros.
+moshi reads one rank and one scaling for the whole model, and weights for every linear layer: layers without an adapter
+get zeros.
 """
 
 from __future__ import annotations
@@ -18,17 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hf_csm.errors import UserError
-from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, without_lora
-from hf_csm.models.moshi.lora import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    adapter_state,
-    linear_paths,
-    lora_config,
-    read_adapter,
-)
+from hf_csm.hub import CONFIG_NAME
+from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, named_urls, without_lora
+from hf_csm.models.moshi.lora import adapter_state, linear_paths, lora_config, read_adapter
 from hf_csm.models.moshi.model import MoshiLM
-from hf_csm.models.moshi.pull import CONFIG_NAME, DEFAULT_NAMES
 
 
 LORA_NAME = "lora.safetensors"
@@ -36,7 +29,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 class ExportError(UserError):
-    """What was exported does not do what the trained model does."""
+    """An export differs from the trained model."""
 
     def __init__(self, problem: str, remedy: str = "Nothing was exported. If a second try fails too, report this."):
         super().__init__(problem, remedy)
@@ -85,18 +78,16 @@ def native_state(
 
 
 def serving_config(checkpoint: MoshiCheckpoint) -> dict[str, Any]:
-    """Return the config.json of the base with names that are found from anywhere: `hf://repo/file`, `file:///path`."""
+    """Return the config.json of the base with URLs for its files: `hf://repo/file`, `file:///path`."""
     if checkpoint.raw_config is None:
         config = {"model_type": "moshi", **loaders._lm_kwargs}
     else:
         config = without_lora(checkpoint.raw_config)
-    names = DEFAULT_NAMES | {key: config[key] for key in (*DEFAULT_NAMES, "mimi_config_name") if config.get(key)}
-    place = f"file://{checkpoint.name_or_path}" if checkpoint.is_local else f"hf://{checkpoint.name_or_path}"
-    return config | {key: name if "://" in name else f"{place}/{name}" for key, name in names.items()}
+    return config | named_urls(checkpoint.name_or_path, config)
 
 
 def checkpoint_name(checkpoint: loaders.CheckpointInfo) -> str:
-    """Return what to call `checkpoint` in a message."""
+    """Return the name of a checkpoint for messages."""
     return checkpoint.name_or_path if isinstance(checkpoint, MoshiCheckpoint) else str(checkpoint.moshi_weights)
 
 
@@ -104,8 +95,8 @@ def check_native_keys(folder: Path, checkpoint: loaders.CheckpointInfo) -> None:
     """Check by names and shapes alone that moshi can load the adapter in `folder`: fast enough for every checkpoint.
 
     Raises:
-        UserError: a file is missing or cut short.
-        ExportError: a weight is missing, unknown, or of another shape than moshi builds.
+        UserError: a file is missing or truncated.
+        ExportError: a weight is missing, unknown, or of another shape than in moshi's model.
     """
     config = _read_config(folder)
     shapes = {}
@@ -120,32 +111,22 @@ def check_native_keys(folder: Path, checkpoint: loaders.CheckpointInfo) -> None:
     if wrong:
         name = wrong[0]
         raise ExportError(
-            f"{folder / LORA_NAME}: {len(wrong)} weights are not as moshi builds them, such as {name}: "
+            f"{folder / LORA_NAME}: {len(wrong)} weights do not match moshi's model, such as {name}: "
             f"{shapes.get(name, 'missing')} instead of {expected.get(name, 'nothing')}."
         )
 
 
-def check_adapter(folder: Path, adapter: Path, checkpoint: loaders.CheckpointInfo | None = None) -> None:
+def check_adapter(folder: Path, adapter: Path, checkpoint: loaders.CheckpointInfo) -> None:
     """Check that moshi's files in `folder` are complete and hold the weights of the PEFT adapter in `adapter`.
 
     Args:
-        checkpoint: the base model; by default the shapes of its layers are those in the folder's config.json.
+        checkpoint: the base model.
 
     Raises:
         UserError: a file is missing or truncated.
         ExportError: a weight, the rank or the scaling differs.
     """
     own = _read_config(folder)
-    if checkpoint is None:
-        checkpoint = loaders.CheckpointInfo.from_hf_repo(
-            "",
-            moshi_weights=folder,
-            mimi_weights=Path(),
-            tokenizer=Path(),
-            config_path=folder / CONFIG_NAME,
-            mimi_config_path=folder / CONFIG_NAME,
-            lora_weights=folder / LORA_NAME,
-        )
     check_native_keys(folder, checkpoint)
     config, weights = read_adapter(adapter)
     if (own.get("lora_rank"), own.get("lora_scaling")) != (config.r, config.lora_alpha / config.r):
@@ -158,39 +139,6 @@ def check_adapter(folder: Path, adapter: Path, checkpoint: loaders.CheckpointInf
                     f"{folder / LORA_NAME} is not the adapter in {adapter}: {name} differs by up to {difference}.",
                     "Export the checkpoint again.",
                 )
-
-
-def named_base(adapter: Path, config: peft.LoraConfig) -> str:
-    """Return the base model that the adapter's configuration names.
-
-    Raises:
-        UserError: it names none.
-    """
-    name = config.base_model_name_or_path
-    if not isinstance(name, str) or not name:
-        raise UserError(
-            f"{adapter / ADAPTER_CONFIG_NAME} does not say which base model was trained on.",
-            "Write its repository or folder there as base_model_name_or_path.",
-        )
-    return name
-
-
-def find_adapter(folder: Path, name: str) -> Path:
-    """Return the folder with PEFT's files: of a training checkpoint its `adapter/`, else `folder` itself.
-
-    Args:
-        name: of the folder, as the user gave it.
-
-    Raises:
-        UserError: there is no adapter.
-    """
-    for found in (folder / "adapter", folder):
-        if (found / ADAPTER_CONFIG_NAME).is_file() or (found / ADAPTER_WEIGHTS_NAME).is_file():
-            return found
-    raise UserError(
-        f"{name} has no folder adapter/ and is no PEFT adapter itself.",
-        "Give a checkpoint folder such as runs/x/checkpoint_000500, or a Hub repository with an adapter.",
-    )
 
 
 def native_shapes(checkpoint: loaders.CheckpointInfo, rank: int) -> dict[str, tuple[int, int]]:
@@ -218,4 +166,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is missing, damaged or cut short: {error}", "Export it again from its checkpoint.")
+    return UserError(f"{path} is missing, damaged or truncated: {error}", "Export it again from its checkpoint.")

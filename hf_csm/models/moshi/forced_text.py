@@ -1,4 +1,4 @@
-"""Moshi's text stream, written and read: words that it is made to say, and the words that it said."""
+"""Words in Moshi's text stream: force given words, and read the words of a generated stream."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import sentencepiece
-import torch
 
 from hf_csm.units import frames_to_seconds, seconds_to_frames
 
 
 WORD_START = "\u2581"
-"""What SentencePiece begins a word with."""
+"""First character of a SentencePiece token that begins a word."""
 MAX_PADDING_S = 0.96
-"""Longest pause between two words of a text, whatever Moshi thinks: so every text comes to its end."""
+"""Maximum pause between two forced words, so that every text ends."""
 
 
 class Script:
-    """A text policy of `Engine` that makes Moshi say given words: Moshi decides when one begins, the script which.
+    """Replaces the sampled text tokens of a slot by given words: Moshi decides when a word begins, the script which.
 
-    The stream is what `data.layout.text_stream` lays out in training: the tokens of a word in a row, the end of
-    padding before it, padding elsewhere. A word begins where Moshi samples the end of padding or what begins a word.
+    The stream has the layout of `layout.text_stream` in training: the tokens of a word in consecutive frames, the end
+    of padding before it, padding elsewhere. A word begins where Moshi samples the end of padding or a token that
+    begins a word.
 
     Attributes:
-        word_frames: frame in which each word began, of those that have.
+        word_frames: first frame of each word that has begun.
         last_frame: frame of the last token of the last word; None until then.
     """
 
@@ -43,9 +43,9 @@ class Script:
 
         Args:
             words: tokens of each.
-            num_given: frames at the start that are left as they are: the prefix.
+            num_given: frames at the start that stay unchanged: the prefix.
             word_starts: tokens that begin a word.
-            max_padding: frames of padding in a row after which the next word begins whatever Moshi samples.
+            max_padding: consecutive frames of padding after which the next word begins whatever Moshi samples.
         """
         assert words and all(words), words
         self.word_frames: list[int] = []
@@ -55,10 +55,6 @@ class Script:
         self._padding_id, self._end_of_padding_id, self._max_padding = padding_id, end_of_padding_id, max_padding
         self._num_frames = self._num_padding = 0
         self._is_announced = self._follows_word = False
-
-    def __call__(self, text_tokens: torch.Tensor) -> None:
-        """Write over what was sampled for the only slot, `[1]`."""
-        text_tokens[0] = self.follow(int(text_tokens[0]))
 
     def follow(self, sampled: int) -> int:
         """Return the text token of the next frame."""
@@ -84,6 +80,12 @@ class Script:
         return token
 
 
+def script_of(words: Sequence[str], tokenizer: sentencepiece.SentencePieceProcessor, **options: Any) -> Script:
+    """Return the `Script` of some words, with its other options."""
+    starts = [token for token in range(tokenizer.vocab_size()) if tokenizer.id_to_piece(token).startswith(WORD_START)]
+    return Script([tokens for tokens in map(tokenizer.encode, words) if tokens], word_starts=starts, **options)
+
+
 def words_in(
     text_tokens: Sequence[int], tokenizer: sentencepiece.SentencePieceProcessor, padding_ids: Collection[int]
 ) -> list[dict[str, Any]]:
@@ -99,7 +101,7 @@ def words_in(
     for frame, tokens in parts:
         word = tokenizer.decode(tokens).strip()
         if words and word and not any(character.isalnum() for character in word):
-            words[-1]["word"] += f" {word}"  # a mark that stands alone, as in `split_words`
+            words[-1]["word"] += f" {word}"  # punctuation between spaces, as in `split_words`
         elif word:
             words.append({"word": word, "start_s": frames_to_seconds(frame)})
     return words

@@ -20,11 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_csm.errors import UserError
+from hf_csm.hub import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from hf_csm.models.moshi.model import MoshiLM
 
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 
 NATIVE_NAMES = {

@@ -13,14 +13,13 @@ from moshi.models import loaders
 from moshi.models.lm import LMModel
 from safetensors import safe_open
 
-from hf_csm.hub import hub_errors
+from hf_csm.hub import CONFIG_NAME, hub_errors
 from hf_csm.models.family import Layout
 from hf_csm.models.moshi.checkpoint import MoshiCheckpoint
 from hf_csm.models.moshi.export import LORA_NAME, ExportError, check_adapter
 from hf_csm.models.moshi.lora import load_adapter
 from hf_csm.models.moshi.merge import WEIGHTS_NAME
 from hf_csm.models.moshi.model import load_moshi
-from hf_csm.models.moshi.pull import CONFIG_NAME
 
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.25}
@@ -78,7 +77,12 @@ def verify_export(
     expected = _logits(model.lm, codes.to(device))
     del model
     _free_memory()
-    lm = exported.get_moshi(device=device, dtype=dtype, fuse_lora=True)
+    try:
+        lm = exported.get_moshi(device=device, dtype=dtype, fuse_lora=True)
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ExportError(f"moshi does not load {folder}: {' '.join(str(error).split())[:300]}") from error
     found = _logits(lm, codes.to(device))
     del lm
     _free_memory()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hf_csm.errors import UserError
 from hf_csm.models import get_family
-from hf_csm.models.moshi.checkpoint import choose_device
+from hf_csm.models.device import choose_device
 from hf_csm.serving.loaded import engine_error, load_weights
 from hf_csm.serving.resolve import resolve_models
 from hf_csm.serving.server.app import LOCAL_NAMES, Server

@@ -9,7 +9,7 @@ from moshi.models import loaders
 
 from hf_csm.errors import UserError
 from hf_csm.models.family import TokenNLL
-from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_mimi, load_tokenizer
+from hf_csm.models.moshi.checkpoint import base_urls, codec_sha256, find_checkpoint, load_mimi, load_tokenizer
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi, masked_nll
 from tests.doubles.hub import LocalHub
@@ -235,7 +235,7 @@ def test_names_in_a_config_may_point_elsewhere(tiny_moshi, tmp_path):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c"])
 def test_what_is_neither_folder_nor_repository_is_refused(name):
-    with pytest.raises(UserError, match="There is no folder"):
+    with pytest.raises(UserError, match="no such folder"):
         find_checkpoint(name)
 
 
@@ -320,7 +320,7 @@ def test_what_is_in_the_cache_needs_no_network(connected, monkeypatch):
     with pytest.raises(UserError, match="user/merged"):
         find_checkpoint("user/merged")
     found.mimi_weights.unlink()
-    with pytest.raises(UserError, match=r"hf://user/base/mimi.safetensors .*HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match="user/base: mimi.safetensors is not in the cache"):
         find_checkpoint("user/adapter")
 
 
@@ -342,10 +342,51 @@ def test_an_adapter_without_moshis_files_is_refused_with_the_way_to_them(connect
 
 
 def test_a_file_that_another_repository_lacks_is_named(connected):
-    with pytest.raises(
-        UserError, match=r"user/nowhere/config.json names hf://user/base/lost.safetensors \(mimi_name\)"
-    ):
+    with pytest.raises(UserError, match=r"user/nowhere: hf://user/base/lost.safetensors \(mimi_name"):
         find_checkpoint("user/nowhere")
+
+
+def test_only_the_named_files_of_a_repository_are_downloaded(connected):
+    folder = find_checkpoint("user/adapter").lora_weights.parent
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert names == {"config.json", "adapter_config.json", "lora.safetensors"}
+
+
+def test_the_urls_of_a_base_are_those_of_an_exported_config(connected, tiny_moshi):
+    urls = [f"hf://user/base/{name}" for name in ("mimi.safetensors", "tokenizer.model", "mimi.json")]
+    assert base_urls("user/base", "v1") == ("hf://user/base/model.safetensors", urls)
+    assert base_urls("user/merged")[1] == urls
+    assert base_urls(str(tiny_moshi))[0] == f"file://{tiny_moshi}/model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "names, problem",
+    [
+        ({"moshi_name": "model.pt"}, r"model\.pt \(moshi_name\), which is not in safetensors"),
+        ({"mimi_name": "hf://user/base/mimi.bin"}, r"mimi\.bin \(mimi_name\), which is not in safetensors"),
+        ({"tokenizer_name": "file:///etc/passwd"}, "file:///etc/passwd"),
+        ({"moshi_name": "../../../x.safetensors"}, "outside of the repository"),
+        (None, "config.json is not JSON"),
+        ({"moshi_name": "gone.safetensors"}, "the Hub repository user/hostile has no such file"),
+    ],
+)
+def test_a_wrong_config_of_a_repository_is_refused(tmp_path, names, problem):
+    with LocalHub(tmp_path / "hub") as hub, hub.connected(tmp_path / "home"):
+        HfApi().create_repo("user/hostile")
+        content = b"{" if names is None else json.dumps(names).encode()
+        HfApi().upload_file(path_or_fileobj=content, path_in_repo="config.json", repo_id="user/hostile")
+        with pytest.raises(UserError, match=problem) as error:
+            find_checkpoint("user/hostile")
+    assert error.value.remedy
+    assert not [request for request in hub.requests if "passwd" in request or "x.safetensors" in request]
+
+
+def test_a_repository_without_a_model_is_refused(connected):
+    HfApi().create_repo("user/empty", exist_ok=True)
+    HfApi().upload_file(path_or_fileobj=b"-", path_in_repo="README.md", repo_id="user/empty")
+    with pytest.raises(UserError, match="has no such file") as error:
+        find_checkpoint("user/empty")
+    assert "Moshi model or adapter" in error.value.remedy
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 from moshi.models.lm import LMGen
 
-from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi
+from hf_csm.models.moshi.checkpoint import find_checkpoint, load_mimi, load_tokenizer
 from hf_csm.models.moshi.engine import Engine
 from hf_csm.models.moshi.model import MoshiLM
 from hf_csm.units import SAMPLES_PER_FRAME
@@ -192,18 +192,27 @@ def test_frames_of_forced_text_are_marked(make_engine):
         assert [frame.text_token for frame in said if frame.is_forced] == [300, 301, 303]
 
 
-def test_a_text_policy_has_the_last_word(make_engine):
-    engine = make_engine()
-    seen = []
-
-    def policy(text_tokens):
-        seen.append(text_tokens.clone())
-        text_tokens.fill_(17)
-
-    engine.text_policy = policy
-    engine.force_text(0, [300])
-    assert {frame.text_token for frame in talk(engine, 0, speech(0, 5))} == {17}
-    assert seen[0].tolist() == [300]
+def test_words_are_forced_in_their_slot_after_the_forced_text(make_engine, base):
+    tokenizer = load_tokenizer(base)
+    engine = make_engine(num_slots=2, tokenizer=tokenizer)
+    words = ["hello", "doctor", "open", "the", "door"]
+    engine.force_text(0, [300, 301])
+    engine.force_words(0, words)
+    frames = {0: [], 1: []}
+    for frame in speech(0, 90):
+        for slot, generated in engine.step({0: frame, 1: frame}).items():
+            frames[slot].append(generated)
+        if engine.last_word_frame(0) is not None and len(frames[0]) > engine.last_word_frame(0):
+            break
+    tokens = [frame.text_token for frame in frames[0]]
+    assert tokens[:2] == [300, 301] and [frame.is_forced for frame in frames[0][:3]] == [True, True, False]
+    assert [word["word"] for word in engine.words_in(tokens[2:])] == words
+    assert tokenizer.decode([t for t in tokens[2:] if t not in engine.padding_ids]) == " ".join(words)
+    assert [word["word"] for word in engine.words_in([frame.text_token for frame in frames[1]])] != words
+    engine.reset(0)
+    engine.step({0: speech(0, 1)[0], 1: speech(0, 1)[0]})
+    with pytest.raises(AssertionError, match="has begun"):
+        engine.force_words(0, words)
 
 
 def test_a_step_runs_on_the_device_of_the_model_whatever_the_thread(make_engine, monkeypatch):
