@@ -1,6 +1,6 @@
 """A table or folder that is staged beside its place, resumed after a kill, and published by one rename.
 
-The staging folder `.<name>.partial` holds `parts/` (finished parts, one Parquet file each), `table-<key>/` (the folder
+The staging folder `.<name>.partial` holds `parts/` (finished parts, one Arrow file each), `table-<key>/` (the folder
 that is being assembled) and `lock`. A file exists only once it is complete, so whatever stopped a run, the next one
 makes what is missing. Any number of processes on a shared disk may write parts; assembling and publishing need the
 lock.
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 from datasets import Features
 from filelock import FileLock, Timeout
 
 from hf_csm.data.table import ShardWriter, read_card_metadata, shard_name
 from hf_csm.errors import UserError
+from hf_csm.files import replaced_file
 
 
 LOCK_NAME = "lock"
@@ -43,15 +44,15 @@ class Piece:
     """Rows of a part that go into one group of the table.
 
     Attributes:
-        part: Parquet file.
+        part: Arrow file.
         num_bytes: approximate size in the table.
-        row_group: the only one of the part that is used; all of them by default.
-        dropped: rows of that row group that are left out.
+        batch: the only record batch of the part that is used; all of them by default.
+        dropped: rows of that batch that are left out.
     """
 
     part: Path
     num_bytes: int
-    row_group: int | None = None
+    batch: int | None = None
     dropped: tuple[int, ...] = ()
 
 
@@ -132,7 +133,7 @@ class StagedTable:
 
     def part(self, name: str) -> Path:
         """Return the path of a part; the file exists if the part is complete."""
-        return self.folder / "parts" / f"{name}.parquet"
+        return self.folder / "parts" / f"{name}.arrow"
 
     def table(self, key: str) -> Path:
         """Create the folder to assemble the table in; what was assembled under other keys is removed. Needs the lock.
@@ -183,14 +184,25 @@ def plan_shards(table: Path, groups: Mapping[tuple[str, str], Sequence[Piece]]) 
     return shards
 
 
+@contextmanager
+def part_writer(path: Path, features: Features, compression: str | None = None) -> Iterator[pa.RecordBatchFileWriter]:
+    """Write one part, an Arrow file; it appears when the block ends without error."""
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with (
+        replaced_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_file(file, features.arrow_schema, options=options) as writer,
+    ):
+        yield writer
+
+
 def merge_pieces(pieces: Sequence[Piece], path: Path, features: Features, compression: str = "none") -> None:
-    """Write one shard of the table from pieces of parts, a row group in memory at a time."""
+    """Write one shard of the table from pieces of parts, a record batch in memory at a time."""
     with ShardWriter(path, features, compression) as writer:
         for piece in pieces:
-            with pq.ParquetFile(piece.part, memory_map=False) as file:
-                groups = range(file.metadata.num_row_groups) if piece.row_group is None else [piece.row_group]
-                for group in groups:
-                    rows = file.read_row_group(group, use_threads=False)
+            with pa.memory_map(str(piece.part)) as source, pa.ipc.open_file(source) as file:
+                for batch in range(file.num_record_batches) if piece.batch is None else [piece.batch]:
+                    rows = pa.Table.from_batches([file.get_batch(batch)])
                     if piece.dropped:
                         rows = rows.take([row for row in range(len(rows)) if row not in piece.dropped])
                     writer.write(rows)

@@ -80,16 +80,15 @@ class ShardWriter:
         path: of the file; its folder is created.
         features: of the rows; stored in the file, so that `datasets` restores labels and audio.
         compression: for Parquet. Audio does not compress: leave it off.
-        statistics: store dictionaries and statistics of short columns; costs time.
     """
 
-    def __init__(self, path: Path, features: Features, compression: str = "none", statistics: bool = True):
+    def __init__(self, path: Path, features: Features, compression: str = "none"):
         self._schema = features.arrow_schema
         self._rows_per_group = WINDOWS_PER_GROUP if "codes" in features else ROWS_PER_GROUP
         self._pending: list[pa.Table] = []
         self._num_pending = 0
         # Statistics and dictionaries of large columns cost time and space and have no use.
-        light = [field.name for field in self._schema if statistics and pa.types.is_string(field.type)]
+        light = [field.name for field in self._schema if pa.types.is_string(field.type)]
         with contextlib.ExitStack() as stack:
             temporary = stack.enter_context(replaced_file(path))
             self._writer = stack.enter_context(
@@ -111,16 +110,6 @@ class ShardWriter:
             self._pending = [pending.slice(self._rows_per_group)]
             self._num_pending -= self._rows_per_group
 
-    def end_row_group(self) -> None:
-        """Write the rows that do not fill a row group yet as one of their own."""
-        if self._num_pending:
-            self._writer.write_table(pa.concat_tables(self._pending))
-        self._pending, self._num_pending = [], 0
-
-    def set_metadata(self, values: Mapping[str, str]) -> None:
-        """Store texts in the file's footer."""
-        self._writer.add_key_value_metadata(dict(values))
-
     def __enter__(self) -> ShardWriter:
         return self
 
@@ -130,8 +119,8 @@ class ShardWriter:
         self._stack.__exit__(kind, error, traceback)
 
     def _end(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.end_row_group()
+        if kind is None and self._num_pending:
+            self._writer.write_table(pa.concat_tables(self._pending))
 
 
 def write_card(

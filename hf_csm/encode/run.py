@@ -15,8 +15,16 @@ from tqdm import tqdm
 
 from hf_csm.data.labels import emotion_id
 from hf_csm.data.schema import WINDOW_FEATURES
-from hf_csm.data.staged_table import InUseError, Piece, StagedTable, fingerprint_of, merge_pieces, plan_shards
-from hf_csm.data.table import ShardWriter, count_splits, write_card
+from hf_csm.data.staged_table import (
+    InUseError,
+    Piece,
+    StagedTable,
+    fingerprint_of,
+    merge_pieces,
+    part_writer,
+    plan_shards,
+)
+from hf_csm.data.table import count_splits, write_card
 from hf_csm.encode.compose import Composition, Conversation, Item, Unit, turns_of
 from hf_csm.encode.prepared_corpus import PreparedCorpus
 from hf_csm.encode.report import EncodeReport, count_groups
@@ -143,9 +151,9 @@ def encode_units(
                 bar.update(round(unit.duration_s))
                 continue
             try:
-                with ShardWriter(part, WINDOW_FEATURES, compression="zstd") as writer:
+                with part_writer(part, WINDOW_FEATURES, compression="zstd") as writer:
                     for table in _encode_unit(unit, read(unit.conversations), facts["corpus"], codec, batch_s, bar):
-                        writer.write(table)
+                        writer.write_table(table)
             except FileNotFoundError:  # another run with the same settings published and removed the staging folder
                 if not staged.is_published():
                     raise

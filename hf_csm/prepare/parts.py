@@ -1,6 +1,6 @@
 """Parts of a prepared table: the rows of one corpus shard, checked against each other before they are merged.
 
-Each row group of a part holds one emotion. What planning needs of the rows is read back from the part itself.
+Each record batch of a part holds one emotion. The facts for planning are read back from the part itself.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from hf_csm.data.labels import EMOTIONS, UNLABELLED, emotion_name
 from hf_csm.data.schema import ALIGNMENT_SOURCES, SPLITS, UTTERANCE_FEATURES
-from hf_csm.data.staged_table import Piece
-from hf_csm.data.table import ROWS_PER_GROUP, ShardWriter
+from hf_csm.data.staged_table import Piece, part_writer
+from hf_csm.data.table import ROWS_PER_GROUP
 from hf_csm.errors import UserError
 from hf_csm.prepare.builder import CorpusBuilder
 from hf_csm.prepare.pool import stop_if_asked
@@ -24,12 +24,13 @@ from hf_csm.prepare.utterance import Shard, Tally
 
 
 PART_KEY = "hf_csm"
-"""In the footer of a part: split and tally, as JSON."""
+"""Metadata of the last batch of a part, which has no rows: split and tally, as JSON."""
+FACTS = ["id", "emotion", "speaker_id", "sha256", "duration_s", "alignment_source"]
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """What planning needs of one row group of a part."""
+class Batch:
+    """Facts of one record batch of a part."""
 
     emotion: str
     num_bytes: int
@@ -46,7 +47,7 @@ class Part:
 
     path: Path
     split: str
-    row_groups: list[RowGroup]
+    batches: list[Batch]
     tally: list[list[Any]]
 
 
@@ -61,47 +62,45 @@ class GroupCounts:
 
 
 def make_part(builder: CorpusBuilder, shard: Shard, path: Path) -> Part:
-    """Write the rows of a corpus shard; at most one row group per emotion is in memory, whatever the shard's size."""
+    """Write the rows of a corpus shard; at most one batch per emotion is in memory, whatever the shard's size."""
+    schema = UTTERANCE_FEATURES.arrow_schema
     tally = Tally()
     pending: dict[str, list[dict[str, Any]]] = {}
-    with ShardWriter(path, UTTERANCE_FEATURES, statistics=False) as writer:
+    with part_writer(path, UTTERANCE_FEATURES) as writer:
         for row in builder.rows(shard, tally):
             stop_if_asked()
             emotion = emotion_name(row["emotion"])
             pending.setdefault(emotion, []).append(row)
             if len(pending[emotion]) == ROWS_PER_GROUP:
-                writer.write(pending.pop(emotion))
+                writer.write_batch(pa.RecordBatch.from_pylist(pending.pop(emotion), schema=schema))
         for emotion in sorted(pending):
-            writer.write(pending[emotion])
-            writer.end_row_group()
-        writer.set_metadata({PART_KEY: json.dumps({"split": shard.split, "tally": tally.rows()})})
+            writer.write_batch(pa.RecordBatch.from_pylist(pending[emotion], schema=schema))
+        facts = json.dumps({"split": shard.split, "tally": tally.rows()})
+        writer.write_batch(pa.RecordBatch.from_pylist([], schema=schema), custom_metadata={PART_KEY: facts})
     return read_part(path)
 
 
 def read_part(path: Path) -> Part:
     """Read the facts of a part; the audio stays on disk."""
-    columns = ["id", "emotion", "speaker_id", "sha256", "duration_s", "alignment_source"]
-    with pq.ParquetFile(path, memory_map=False) as file:
-        metadata = file.metadata
-        table = file.read(columns=columns, use_threads=False)
-    facts = json.loads(metadata.metadata[PART_KEY.encode()])
-    row_groups, start = [], 0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        rows = table.slice(start, group.num_rows).to_pydict()
-        start += group.num_rows
-        row_groups.append(
-            RowGroup(
-                emotion=emotion_name(rows["emotion"][0]),
-                num_bytes=group.total_byte_size,
-                ids=rows["id"],
-                speaker_ids=rows["speaker_id"],
-                sha256s=rows["sha256"],
-                durations_s=rows["duration_s"],
-                alignment_sources=[_source_name(source) for source in rows["alignment_source"]],
+    batches = []
+    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
+        for index in range(file.num_record_batches - 1):
+            batch = file.get_batch(index)
+            rows = batch.select(FACTS).to_pydict()
+            batches.append(
+                Batch(
+                    emotion=emotion_name(rows["emotion"][0]),
+                    num_bytes=batch.nbytes,
+                    ids=rows["id"],
+                    speaker_ids=rows["speaker_id"],
+                    sha256s=rows["sha256"],
+                    durations_s=rows["duration_s"],
+                    alignment_sources=[_source_name(source) for source in rows["alignment_source"]],
+                )
             )
-        )
-    return Part(path, facts["split"], row_groups, facts["tally"])
+        metadata = file.get_batch_with_custom_metadata(file.num_record_batches - 1).custom_metadata
+    facts = json.loads(metadata[PART_KEY.encode()])
+    return Part(path, facts["split"], batches, facts["tally"])
 
 
 def plan_pieces(
@@ -120,7 +119,7 @@ def plan_pieces(
     first_of_sha: dict[str, tuple[str, str, str]] = {}
     conflicting: set[str] = set()
     for part in parts:
-        for rows in part.row_groups:
+        for rows in part.batches:
             for id_, sha256 in zip(rows.ids, rows.sha256s, strict=True):
                 other_id, split, emotion = first_of_sha.setdefault(sha256, (id_, part.split, rows.emotion))
                 if split != part.split:
@@ -134,7 +133,7 @@ def plan_pieces(
     pieces: dict[tuple[str, str], list[Piece]] = {}
     counts: dict[tuple[str, str], GroupCounts] = {}
     for part in parts:
-        for index, rows in enumerate(part.row_groups):
+        for index, rows in enumerate(part.batches):
             left_out = []
             for row, (id_, sha256) in enumerate(zip(rows.ids, rows.sha256s, strict=True)):
                 if sha256 in conflicting:

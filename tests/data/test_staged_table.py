@@ -2,13 +2,14 @@ import os
 import subprocess
 import sys
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Value
 
 from hf_csm.data import staged_table
-from hf_csm.data.staged_table import Piece, StagedTable, equal_files, merge_pieces, plan_shards
-from hf_csm.data.table import ShardWriter, count_splits, write_card
+from hf_csm.data.staged_table import Piece, StagedTable, equal_files, merge_pieces, part_writer, plan_shards
+from hf_csm.data.table import count_splits, write_card
 from hf_csm.errors import UserError
 
 
@@ -22,8 +23,9 @@ def write_parts(staged, *sizes, name="happy"):
     pieces = []
     for index, size in enumerate(sizes):
         part = staged.part(f"{name}-{index}")
-        with ShardWriter(part, FEATURES) as writer:
-            writer.write([{"id": f"{name}{next(ids)}", "text": "x" * 50} for _ in range(size)])
+        rows = [{"id": f"{name}{next(ids)}", "text": "x" * 50} for _ in range(size)]
+        with part_writer(part, FEATURES) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema), max_chunksize=32)
         pieces.append(Piece(part, size))
     return pieces
 
@@ -61,10 +63,10 @@ def test_parts_of_any_size_become_a_file_of_full_row_groups(tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_one_row_group_of_a_part_less_some_rows_is_merged(tmp_path):
+def test_one_batch_of_a_part_less_some_rows_is_merged(tmp_path):
     staged = StagedTable(tmp_path / "out", FINGERPRINT)
     (piece,) = write_parts(staged, 40)
-    publish(staged, {TRAIN: [Piece(piece.part, 1, row_group=1, dropped=(0, 6))]})
+    publish(staged, {TRAIN: [Piece(piece.part, 1, batch=1, dropped=(0, 6))]})
     assert pq.read_table(tmp_path / "out" / "data")["id"].to_pylist() == [
         f"happy{i}" for i in range(33, 40) if i != 38
     ]
@@ -99,8 +101,9 @@ def test_equal_files_stay_below_the_limit():
 
 def test_a_part_that_was_interrupted_does_not_exist(tmp_path):
     staged = StagedTable(tmp_path / "out", FINGERPRINT)
-    with pytest.raises(KeyboardInterrupt), ShardWriter(staged.part("a"), FEATURES) as writer:
-        writer.write([{"id": "a", "text": ""}])
+    rows = pa.Table.from_pylist([{"id": "a", "text": ""}], schema=FEATURES.arrow_schema)
+    with pytest.raises(KeyboardInterrupt), part_writer(staged.part("a"), FEATURES) as writer:
+        writer.write_table(rows)
         raise KeyboardInterrupt
     assert not staged.part("a").exists()
 

@@ -105,7 +105,7 @@ def test_an_interrupted_run_resumes_with_the_same_result(raw, done, tmp_path, mo
         prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert not out.exists()
     found = [path.suffix for path in (tmp_path / ".ravdess.partial" / "parts").iterdir()]
-    assert found == [".parquet", ".parquet"]
+    assert found == [".arrow", ".arrow"]
     prepare("ravdess", raw, out, num_workers=1, progress=False)
     assert read == [f"ravdess-{actor:02d}" for actor in (1, 7, 17, 17, 18, 21)]
     assert contents(out) == contents(done[0])
@@ -156,7 +156,7 @@ CorpusBuilder.rows = slow
 prepare("ravdess", {str(raw)!r}, {str(out)!r}, num_workers=2, progress=False)
 """
     run = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    wait_until(lambda: run.poll() is not None or list(tmp_path.glob(".ravdess.partial/parts/*.parquet")))
+    wait_until(lambda: run.poll() is not None or list(tmp_path.glob(".ravdess.partial/parts/*.arrow")))
     assert run.poll() is None
     run.kill()
     run.wait()
