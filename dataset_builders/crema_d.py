@@ -1,26 +1,25 @@
 """CREMA-D: 91 actors speak twelve sentences in six emotions, one of the sentences in three intensities.
 
-7,442 clips of 2.5 seconds, 16 kHz, in a Git repository (audio in Git LFS) and its mirror. Read as they are: a clone,
-the mirror, or a folder of the wavs, whatever lies around them; MP3s and videos are left alone. `emotion` is what the
-actor was asked for. What 4 to 12 listeners heard (voice alone) is in `processedResults/`, which only the clone has;
-it is the same for 42 % of the clips. There is no official split: 63 actors train, 9 validate, 19 test, the lists of
-TensorFlow Datasets. The twelve sentences are in every split.
+7,442 clips of 2.5 seconds, 16 kHz, in a Git repository (audio in Git LFS) and its mirror. A clone, the mirror, or a
+folder with the wavs is read; MP3s and videos are ignored. `emotion` is the acted emotion. The ratings of 4 to 12
+listeners (voice alone) are in `processedResults/`, which only the clone has; they agree with the acted emotion for
+42 % of the clips. There is no official split: 63 actors are for training, 9 for validation, 19 for testing, the lists
+of TensorFlow Datasets. The twelve sentences occur in every split.
 
-Known defects, all handled: LFS pointers in place of audio; one silent clip (1076_MTI_SAD_XX); three recordings that
-are there under two labels each; 1040_ITH_SAD_X, misnamed until October 2022; ties among the raters. Some MP3s and
-videos are damaged; their wavs are not.
+Known defects, all handled: LFS pointers instead of audio; one silent clip (1076_MTI_SAD_XX); three recordings stored
+under two labels each; 1040_ITH_SAD_X, misnamed until October 2022; ties among the raters. Some MP3s and videos are
+damaged; their wavs are not.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterator, Sequence
 
 from hf_csm.errors import UserError
 from hf_csm.prepare.archive import Member
 from hf_csm.prepare.builder import CorpusBuilder
+from hf_csm.prepare.tabular import read_rows
 from hf_csm.prepare.utterance import Skipped, Utterance
 
 
@@ -45,7 +44,7 @@ FILE_NAME = re.compile(
     rf"(?P<actor>10(?:0[1-9]|[1-8]\d|9[01]))_(?P<sentence>{'|'.join(SENTENCES)})_(?P<emotion>{'|'.join(EMOTIONS)})"
     r"_(?P<level>LO|MD|HI|XX?)\.(?:wav|WAV)"
 )
-# Pairs of names for one recording; nothing says which of the two labels is right.
+# Pairs of names for one recording; the right label of the two is unknown.
 CONFLICTING = frozenset(
     (
         *("1006_TIE_HAP_XX", "1006_TIE_NEU_XX"),
@@ -65,7 +64,7 @@ MEN = (
 )
 """For a folder without VideoDemographics.csv."""
 TIE = ":"
-"""Joins the letters of a tied vote: A:D."""
+"""Separator of the letters of a tied vote: A:D."""
 MIRROR = "https://gitlab.com/cs-cooper-lab/crema-d-mirror.git"
 POINTER = b"version https://git-lfs"
 LARGEST_POINTER_BYTES = 1_024
@@ -91,10 +90,10 @@ class CremaD(CorpusBuilder):
     FILE_NAME = FILE_NAME
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
-        """Read the file names, and the tables as far as they are there."""
+        """Read the file names, and the tables that exist."""
         clips = list(named_clips(members))
-        refuse_pointers([member for member, _ in clips])
-        tables = {member.file_name.lower(): member for member in reversed(members)}  # the topmost, if there are more
+        check_no_pointers([member for member, _ in clips])
+        tables = {member.file_name.lower(): member for member in reversed(members)}  # the topmost of several
         genders = read_genders(tables.get("videodemographics.csv"))
         votes = read_votes(tables.get("summarytable.csv"))
         agreements = read_agreements(tables.get("tabulatedvotes.csv")) if votes else {}
@@ -103,7 +102,7 @@ class CremaD(CorpusBuilder):
             name = match.string[: -len(".wav")]
             if match["level"] == "X":
                 name += "X"
-                yield Skipped(member, "one X for two in its name, as before October 2022", action="repaired")
+                yield Skipped(member, "named with one X instead of two, as before October 2022", action="repaired")
             names.add(name)
             if votes and name not in votes:
                 yield Skipped(member, "no entry in summaryTable.csv", is_fault=True, action="noted")
@@ -128,10 +127,10 @@ class CremaD(CorpusBuilder):
 
 
 def named_clips(members: Sequence[Member]) -> Iterator[tuple[Member, re.Match[str]]]:
-    """Yield the wavs and what their names match.
+    """Yield the wavs and the matches of their names.
 
     Raises:
-        UserError: a wav is named otherwise.
+        UserError: a wav has another name.
     """
     for member in members:
         if not member.file_name.lower().endswith(".wav"):
@@ -145,11 +144,11 @@ def named_clips(members: Sequence[Member]) -> Iterator[tuple[Member, re.Match[st
         yield member, match
 
 
-def refuse_pointers(clips: Sequence[Member]) -> None:
-    """Raise if clips are what a clone without Git LFS holds in their place: three lines of text.
+def check_no_pointers(clips: Sequence[Member]) -> None:
+    """Raise if clips are Git LFS pointers, three lines of text, as in a clone without Git LFS.
 
     Raises:
-        UserError: they are; names the first.
+        UserError: there are pointers; names the first.
     """
     pointers = [clip for clip in clips if clip.num_bytes <= LARGEST_POINTER_BYTES and clip.read().startswith(POINTER)]
     if pointers:
@@ -160,7 +159,7 @@ def refuse_pointers(clips: Sequence[Member]) -> None:
 
 
 def read_genders(demographics: Member | None) -> dict[str, str | None]:
-    """Return the gender of each actor, from VideoDemographics.csv where it is at hand."""
+    """Return the gender of each actor, from VideoDemographics.csv if it exists."""
     men = MEN.split()
     genders: dict[str, str | None] = {str(a): "male" if str(a) in men else "female" for a in range(1001, 1092)}
     if demographics is not None:
@@ -170,10 +169,10 @@ def read_genders(demographics: Member | None) -> dict[str, str | None]:
 
 
 def read_votes(summary: Member | None) -> dict[str, str]:
-    """Return what most listeners heard in each clip, from summaryTable.csv; empty without it.
+    """Return the majority vote of the listeners on each clip, from summaryTable.csv; empty without it.
 
     Raises:
-        UserError: a vote of other letters.
+        UserError: a vote has unknown letters.
     """
     if summary is None:
         return {}
@@ -193,7 +192,7 @@ def read_votes(summary: Member | None) -> dict[str, str]:
 
 
 def read_agreements(counts: Member | None) -> dict[str, float]:
-    """Return the share of listeners behind the vote on each clip, from tabulatedVotes.csv; empty without it."""
+    """Return the share of listeners behind the majority of each clip, from tabulatedVotes.csv; empty without it."""
     if counts is None:
         return {}
     rows = list(read_table(counts, ("", "fileName", "agreement")))
@@ -204,22 +203,18 @@ def read_agreements(counts: Member | None) -> dict[str, float]:
 
 
 def read_table(member: Member, columns: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the named columns of each row; the case of their names, which differs between tables, is ignored.
+    """Yield the named columns of each row; case is ignored in their names, because it differs between tables.
 
     Raises:
-        UserError: not a CSV file in UTF-8, a missing column, or a row of another length than the header.
+        UserError: a table without rows, a missing column, or see `read_rows`.
     """
-    remedy = f"Get the table again from {CremaD.HOMEPAGE}, or remove it to do without."
-    try:
-        rows = list(csv.reader(io.StringIO(member.read().decode("utf-8-sig"), newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{member}: not a CSV file in UTF-8 ({error}).", remedy) from error
-    header = [name.lower() for name in rows[0]] if rows else []
-    for column in columns:
-        if column.lower() not in header:
-            raise UserError(f"{member}: no column {column!r}; its columns are {', '.join(header) or 'none'}.", remedy)
-    places = [header.index(column.lower()) for column in columns]
-    for number, row in enumerate(rows[1:], start=2):
-        if len(row) != len(header):
-            raise UserError(f"{member}, row {number}: {len(row)} fields, its header has {len(header)}.", remedy)
-        yield [row[place] for place in places]
+    remedy = f"Get the table again from {CremaD.HOMEPAGE}, or remove it."
+    where = None
+    for where, cells in read_rows(member):
+        row = {column.lower(): cell for column, cell in cells.items()}
+        missing = [column for column in columns if column.lower() not in row]
+        if missing:
+            raise UserError(f"{where}: no column {missing[0]!r}; its columns are {', '.join(cells)}.", remedy)
+        yield [row[column.lower()] for column in columns]
+    if where is None:
+        raise UserError(f"{member}: no rows.", remedy)

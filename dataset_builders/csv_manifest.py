@@ -1,16 +1,15 @@
-"""A corpus of your own: a table that names sound files and says what is in them.
+"""A corpus of your own: a table of sound files with their texts and labels.
 
     path,text,emotion,speaker
     anna/0001.flac,Where have you been?,angry,anna
 
 The table is a .csv, .tsv or .jsonl (one object a line) in UTF-8, with paths relative to it, of any sound libsndfile
 reads: wav, flac, ogg, mp3. Its columns, in any order and case, are `path`, `text`, `emotion` (a name of the shared
-label space or a common synonym; empty for none) and `speaker`, and where there is more to say `split`, `language`
-(else en), `gender` (male, female, other), `intensity` (low, medium, high), `arousal`, `valence`, `dominance` (0 to 1),
-`sentence` (all its clips have to be in one split), `emotion_perceived` and `emotion_agreement` (share of the raters, 0
-to 1).
+label space or a common synonym; empty for none) and `speaker`; optional are `split`, `language` (default en), `gender`
+(male, female, other), `intensity` (low, medium, high), `arousal`, `valence`, `dominance` (0 to 1), `sentence` (all its
+clips must be in one split), `emotion_perceived` and `emotion_agreement` (share of the raters, 0 to 1).
 
-Without a column `split`, a tenth of the speakers validates and a tenth tests, chosen by the hashes of their names.
+Without a column `split`, a tenth of the speakers is for validation and a tenth for testing, by hashes of their names.
 """
 
 from __future__ import annotations
@@ -69,8 +68,8 @@ class CsvManifestConfig(CorpusConfig):
     """Options of a corpus of your own.
 
     Attributes:
-        corpus_name: stands in the rows and before ids; the table's name without suffix by default.
-        license: licence id of the Hugging Face Hub.
+        corpus_name: name in the rows and prefix of ids; the table's name without suffix by default.
+        license: license id of the Hugging Face Hub.
     """
 
     corpus_name: str | None = None
@@ -98,7 +97,7 @@ class CsvManifest(CorpusBuilder):
 
     @property
     def LICENSE(self) -> str:  # type: ignore[override]
-        """The licence that the user names."""
+        """License id that the user gave."""
         return self.config.license
 
     @property
@@ -107,16 +106,16 @@ class CsvManifest(CorpusBuilder):
         return self.config.corpus_name
 
     def archives(self) -> list[RemoteArchive]:
-        """Return nothing: the files are the user's."""
+        """Return nothing: the files are local."""
         if not self.config.sources:
-            raise UserError("csv_manifest: no table is named.", "Name a .csv, .tsv or .jsonl, or its folder.")
+            raise UserError("csv_manifest: no table was given.", "Name a .csv, .tsv or .jsonl, or its folder.")
         return []
 
     def members(self, paths: list[str]) -> list[Member]:
-        """Return the table and the files that it names, as far as they exist.
+        """Return the table and those of its files that exist.
 
         Raises:
-            UserError: not one table, a damaged one, or one that names files outside its folder.
+            UserError: there is not exactly one table, it is damaged, or it names files outside its folder.
         """
         table = find_table(paths)
         folder = table.absolute().parent
@@ -128,18 +127,18 @@ class CsvManifest(CorpusBuilder):
         return members
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
-        """Join the rows of the table, which is the first member, with their files."""
+        """Join the rows of the table, the first member, with their files."""
         table, files = members[0], {member.name: member for member in members[1:]}
         rows = [(where, _name_in(Path(table.source), row["path"], where), row) for where, row in _rows(table)]
         if not rows:
-            raise UserError(f"{table}: has no rows.", f"Give it the columns {', '.join(REQUIRED)} and a row per clip.")
+            raise UserError(f"{table}: has no rows.", f"Write the columns {', '.join(REQUIRED)} and a row per clip.")
         unused = {column: None for _, _, row in rows for column in row if column not in (*REQUIRED, *OPTIONAL)}
-        yield from (Skipped(f"column {column}", "column that is not used", action="noted") for column in unused)
+        yield from (Skipped(f"column {column}", "unused column", action="noted") for column in unused)
         splits: dict[str, str] = {}
         if not any("split" in row for _, _, row in rows):
             splits = split_speakers({row["speaker"] for _, name, row in rows if name in files})
             if set(splits.values()) == {"train"}:
-                yield Skipped(table, "fewer than three speakers: all of them train", action="noted")
+                yield Skipped(table, "fewer than three speakers: all are for training", action="noted")
         name_of_id: dict[str, str] = {}
         first_of: dict[str, tuple[str, dict[str, str]]] = {}
         for where, name, row in rows:
@@ -148,11 +147,11 @@ class CsvManifest(CorpusBuilder):
                 continue
             first_where, first = first_of.setdefault(name, (where, row))
             if {**row, "path": ""} != {**first, "path": ""}:
-                raise UserError(f"{where}: {name} is in {first_where}, too, and they differ.", "Remove the wrong one.")
+                raise UserError(f"{where}: {name} differs from its row in {first_where}.", "Remove the wrong one.")
             utterance = self._utterance(files[name], row, splits, where)
             if name_of_id.setdefault(utterance.id, name) != name:
                 raise UserError(
-                    f"{where}: {name} and {name_of_id[utterance.id]} get the same id, {utterance.id}.",
+                    f"{where}: {name} and {name_of_id[utterance.id]} have the same id, {utterance.id}.",
                     "Rename one of the files.",
                 )
             yield utterance
@@ -183,7 +182,7 @@ class CsvManifest(CorpusBuilder):
 
 
 def find_table(paths: list[str]) -> Path:
-    """Return the one table that is named, or lies in the one folder that is.
+    """Return the table at the given path, or the only one in the given folder.
 
     Raises:
         UserError: there is none, or more than one.
@@ -203,9 +202,9 @@ def find_table(paths: list[str]) -> Path:
 
 
 def split_speakers(speakers: Iterable[str]) -> dict[str, str]:
-    """Return the split of each speaker: in the order of their hashes, a tenth tests, a tenth validates, at least one.
+    """Return the split of each speaker: by hash, a tenth test and validation (at least one each), the others train.
 
-    All of fewer than three train.
+    With fewer than three speakers, all are for training.
     """
     ranked = sorted(speakers, key=lambda speaker: hashlib.sha256(speaker.encode()).digest())
     share = max(1, round(len(ranked) / 10)) if len(ranked) >= 3 else 0
@@ -214,20 +213,20 @@ def split_speakers(speakers: Iterable[str]) -> dict[str, str]:
 
 
 def _rows(table: Member) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield place and cells of each row, columns in lower case."""
+    """Yield location and cells of each row, columns in lower case."""
     for where, cells in read_rows(table):
         row = {column.lower(): cell for column, cell in cells.items()}
         missing = [column for column in REQUIRED if column not in row]
         if missing:
             raise UserError(
                 f"{where}: no column {', '.join(missing)}; there are {', '.join(cells) or 'none'}.",
-                f"A table needs {', '.join(REQUIRED)}; where there is no emotion, leave its cell empty.",
+                f"A table needs {', '.join(REQUIRED)}; leave the emotion empty if there is none.",
             )
         yield where, row
 
 
 def _name_in(folder: Path, path: str, where: str) -> str:
-    """Return a path as it is below `folder`, with `/`. Links are followed: they are the user's own."""
+    """Return a path relative to `folder`, with `/`. Links are followed: they are the user's own."""
     below = os.path.relpath(os.path.normpath(folder / path.replace("\\", "/")), folder) if path else "."
     if below == "." or below.split(os.sep)[0] == "..":
         raise UserError(
@@ -237,10 +236,10 @@ def _name_in(folder: Path, path: str, where: str) -> str:
 
 
 def _choose(row: dict[str, str], column: str, known: Collection[str], where: str) -> str | None:
-    """Return a cell in lower case, `None` if it is empty."""
+    """Return a cell in lower case; `None` if it is empty."""
     name = row.get(column, "").lower()
     if name and name not in known:
-        raise UserError(f"{where}: unknown {column} {row[column]!r}.", f"Known are: {', '.join(known)}.")
+        raise UserError(f"{where}: unknown {column} {row[column]!r}.", f"Choose from {', '.join(known)}.")
     return name or None
 
 
@@ -252,5 +251,5 @@ def _share(row: dict[str, str], column: str, where: str) -> float | None:
     except ValueError:
         number = -1.0
     if not 0 <= number <= 1:
-        raise UserError(f"{where}: {column} is {cell!r}.", "It lies between 0 and 1; leave it empty where unknown.")
+        raise UserError(f"{where}: {column} is {cell!r}.", "Give a number from 0 to 1, or leave it empty.")
     return number if cell else None

@@ -1,16 +1,16 @@
 """ESD, the Emotional Speech Dataset: 350 sentences in five emotions by ten speakers of English and ten of Mandarin.
 
-35,000 clips of 3 seconds, 16 kHz, in one zip that has to be asked for. Both releases are read, extracted or not, under
-any top folder: the old one with a folder for each official partition, and the flat one. The number of a clip says its
-emotion and its sentence; `emotion` is what the speaker was asked for.
+35,000 clips of 3 seconds, 16 kHz, in one zip, available on request. Both releases are read, extracted or not, under
+any top folder: the old one with a folder for each official partition, and the flat one. The number of a clip encodes
+its emotion and its sentence; `emotion` is the acted emotion.
 
-The official partition has every speaker on all sides. Here speakers and sentences are disjoint: of the test speakers
-0009, 0010, 0018 and 0020 the 30 sentences of the official test set, of the validation speakers 0007, 0008, 0014 and
-0017 the 20 of the official evaluation set, of the other twelve the 300 that are left. The other 16,000 clips are held
-out.
+The official partition has every speaker in all splits. Here speakers and sentences are disjoint: test has speakers
+0009, 0010, 0018 and 0020 with the 30 sentences of the official test set, validation has speakers 0007, 0008, 0014 and
+0017 with the 20 of the official evaluation set, train has the other twelve with the remaining 300. The other 16,000
+clips are dropped.
 
-Known defects, all handled: transcripts in five encodings, with spaces for tabs, tabs inside, blank lines and emotions
-in Chinese; texts of one sentence that differ between emotions (its number, not its text, makes it one).
+Known defects, all handled: transcripts in five encodings, with spaces instead of tabs, tabs inside, blank lines and
+emotions in Chinese; texts of one sentence that differ between emotions (a sentence is identified by its number).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ TRANSCRIPT_NAME = re.compile(r"(?P<speaker>00(?:0[1-9]|1\d|20))\.(?:txt|TXT)")
 EMOTIONS = {"Neutral": "neutral", "Angry": "angry", "Happy": "happy", "Sad": "sad", "Surprise": "surprised"}
 """Folder names, in the order of the numbers."""
 NUM_SENTENCES = 350
-"""Of a speaker in an emotion; clip 1 to 350 is Neutral, 351 to 700 Angry."""
+"""Sentences per speaker and emotion; clips 1 to 350 are Neutral, 351 to 700 Angry."""
 LANGUAGES = {"en": "English", "zh": "Mandarin"}
 FIRST_ENGLISH_SPEAKER = 11
 MEN = frozenset((4, 5, 6, 8, 10, 11, 12, 13, 14, 20))
 VALIDATION_SPEAKERS, LAST_VALIDATION_SENTENCE = (7, 8, 14, 17), 20
 TEST_SPEAKERS, LAST_TEST_SENTENCE = (9, 10, 18, 20), 50
 
-# The last column of a transcript row. It is not read: folder and number say the same in one spelling.
+# The last column of a transcript row. It is not read: folder and number give the same in one spelling.
 CHINESE_LABELS = ("中立", "生气", "快乐", "伤心", "惊喜", "开心", "愤怒", "惊讶")
 ROW = re.compile(r"(?P<name>\d{4}_\d{6})\s+(?P<rest>.+)")
 BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# The first that can be is right. The last is Latin-1 as Windows has it, with curly quotes.
+# The first possible one is right. The last is the Latin-1 of Windows, with curly quotes.
 ENCODINGS = ("utf-8-sig", "gb18030", "cp1252")
 NEVER_IN_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 HANZI = re.compile("[\u3400-\u9fff]")
@@ -85,12 +85,12 @@ class Esd(CorpusBuilder):
     FILE_NAME = FILE_NAME
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
-        """Read the file names and the transcripts of the speakers that are asked for."""
+        """Read the file names and the transcripts of the selected speakers."""
         clips: list[tuple[Member, re.Match[str]]] = []
         transcripts: dict[str, Member] = {}
         for member in members:
             if match := TRANSCRIPT_NAME.fullmatch(member.file_name):
-                transcripts.setdefault(match["speaker"], member)  # the topmost, if there are more
+                transcripts.setdefault(match["speaker"], member)  # the topmost of several
             elif match := FILE_NAME.fullmatch(member.file_name):
                 clips.append((member, match))
             elif member.file_name.lower().endswith(".wav"):
@@ -105,14 +105,14 @@ class Esd(CorpusBuilder):
                     if isinstance(row, Skipped):
                         yield row
                     elif texts.setdefault(*row) != row[1]:
-                        yield Skipped(row[0], "two transcript rows that differ: the first counts", action="noted")
+                        yield Skipped(row[0], "two different transcript rows: the first is used", action="noted")
         names = set()
         for member, match in clips:
             name = match.string[: -len(".wav")]
             names.add(name)
             language = language_of(match["speaker"])
             if language not in self.config.languages:
-                yield Skipped(member, f"{LANGUAGES[language]} was not asked for")
+                yield Skipped(member, f"{LANGUAGES[language]} was not selected")
             elif name not in texts:
                 yield Skipped(member, "no row in its speaker's transcript", is_fault=True)
             else:
@@ -122,15 +122,15 @@ class Esd(CorpusBuilder):
 
 
 def describe(member: Member, match: re.Match[str], text: str, language: str) -> Utterance | Skipped:
-    """Return what the name of a clip says, or that speaker and sentence are of two splits.
+    """Return the utterance of a clip, or `Skipped` if speaker and sentence are of two splits.
 
     Raises:
-        UserError: a number that ESD does not have, or one in the folder of another emotion.
+        UserError: the number is out of range, or the clip is in the folder of another emotion.
     """
     speaker, number = int(match["speaker"]), int(match["number"])
     if not 1 <= number <= NUM_SENTENCES * len(EMOTIONS):
         raise UserError(
-            f"{member}: clip {number:,} of its speaker.", f"ESD has 1 to {NUM_SENTENCES * len(EMOTIONS):,}: remove it."
+            f"{member}: unknown clip number {number:,}.", f"ESD has 1 to {NUM_SENTENCES * len(EMOTIONS):,}: remove it."
         )
     emotion = emotion_of(number)
     sentence = (number - 1) % NUM_SENTENCES + 1
@@ -139,11 +139,11 @@ def describe(member: Member, match: re.Match[str], text: str, language: str) -> 
     if folder != emotion:
         raise UserError(
             f"{member}: in the folder {folder}, but clip {number:,} is {emotion}.",
-            "Put it where it belongs, or get it from the corpus again.",
+            "Move it to its folder, or get it from the corpus again.",
         )
     split = split_of_speaker(speaker)
     if split != split_of_sentence(sentence):
-        return Skipped(member, "held out: its speaker and its sentence are of two splits")
+        return Skipped(member, "speaker and sentence are of two splits")
     return Utterance(
         id=f"esd-{match.string[: -len('.wav')]}",
         member=member,
@@ -158,37 +158,37 @@ def describe(member: Member, match: re.Match[str], text: str, language: str) -> 
 
 
 def emotion_of(number: int) -> str | None:
-    """Return the emotion of a clip's number; `None` if ESD does not have it."""
+    """Return the emotion of a clip's number; `None` if it is out of range."""
     return dict(enumerate(EMOTIONS)).get((number - 1) // NUM_SENTENCES)
 
 
 def language_of(speaker: str) -> str:
-    """Return the language of a speaker's four digits."""
+    """Return the language of a speaker, given as four digits."""
     return "en" if int(speaker) >= FIRST_ENGLISH_SPEAKER else "zh"
 
 
 def split_of_speaker(speaker: int) -> str:
-    """Return the only split that may have clips of the speaker; the small two have a woman and a man a language."""
+    """Return the split of a speaker; validation and test have a woman and a man per language."""
     return "validation" if speaker in VALIDATION_SPEAKERS else "test" if speaker in TEST_SPEAKERS else "train"
 
 
 def split_of_sentence(sentence: int) -> str:
-    """Return the only split that may have the sentence, 1 to 350: the official partition."""
+    """Return the split of a sentence, 1 to 350, in the official partition."""
     if sentence <= LAST_VALIDATION_SENTENCE:
         return "validation"
     return "test" if sentence <= LAST_TEST_SENTENCE else "train"
 
 
 def read_transcript(member: Member, language: str) -> Iterator[tuple[str, str] | Skipped]:
-    """Yield name and text of each row, and what is no row.
+    """Yield name and text of each row, and `Skipped` for an invalid line.
 
     Raises:
-        UserError: the encoding cannot be told.
+        UserError: the encoding is unknown.
     """
     for number, line in enumerate(decode_transcript(member, language).splitlines(), start=1):
         match = ROW.fullmatch(line.strip())
         fields = [field.strip() for field in match["rest"].split("\t") if field.strip()] if match else []
-        if match and len(fields) == 1:  # spaces for tabs; a sentence may end in the name of another emotion
+        if match and len(fields) == 1:  # spaces instead of tabs; a sentence may end in the name of another emotion
             text, _, last = fields[0].rpartition(" ")
             if text and last in (emotion_of(int(match["name"][5:])), *CHINESE_LABELS):
                 fields = [text.rstrip(), last]
@@ -202,7 +202,7 @@ def read_transcript(member: Member, language: str) -> Iterator[tuple[str, str] |
 
 
 def decode_transcript(member: Member, language: str) -> str:
-    """Return the text of a file whose encoding is one of five, told by which of them makes text of the language.
+    """Return the text of a file, in the first of five encodings that gives text of the language.
 
     Raises:
         UserError: none does.
@@ -214,11 +214,11 @@ def decode_transcript(member: Member, language: str) -> str:
         except UnicodeDecodeError:
             continue
         has_hanzi = HANZI.search(re.sub("|".join(CHINESE_LABELS), "", text)) is not None
-        # A curly quote of Windows and the letter after it are a rare character in GB 18030.
+        # A curly quote of Windows and the next letter decode as a rare character in GB 18030.
         is_language = has_hanzi if language == "zh" else not (has_hanzi and encoding == "gb18030")
         if is_language and not NEVER_IN_TEXT.search(text):
             return text
-        if encoding == "utf-8-sig":  # what is valid UTF-8 is nothing else, and makes garbage in the others
+        if encoding == "utf-8-sig":  # valid UTF-8 is no other encoding, and gives garbage in the others
             break
     raise UserError(
         f"{member}: no {LANGUAGES[language]} text in UTF-8, UTF-16, GB 18030 or Windows-1252.",

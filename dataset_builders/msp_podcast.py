@@ -1,15 +1,15 @@
 """MSP-Podcast: turns of podcasts, rated for emotion by about five listeners each, with their speakers and sexes.
 
 Releases 1.6 to 2.0 (73,042 clips and 114 hours in 1.8; 267,905 and 409 in 2.0) as delivered: 16 kHz, 2 to 12 seconds.
-Nobody acts here: the label is what most raters heard, so it stands in both `emotion` and `emotion_perceived`. Splits
-are the corpus's own: Train, Validation (Development since 1.11) and test sets that are to be reported one by one:
-prepare them one by one with `test_sets`; `Split_Set` in the consensus table says which clip is of which. Transcripts
-and word times (TextGrid) come with 1.11 and later.
+Speech is spontaneous: the label is the majority vote of the raters, stored as both `emotion` and `emotion_perceived`.
+Splits are those of the corpus: Train, Validation (Development since 1.11) and test sets, which are reported
+separately: prepare each with `test_sets`; the consensus table has the partition in `Split_Set`. Transcripts and word
+times (TextGrid) are part of 1.11 and later.
 
-Releases differ, and all are read: `label`, `labels` or `Labels`; `concensus` up to 1.9; `Labels/Labels` (2.0); three
-tables of single ratings. Known defects, handled and counted: clips without a speaker (a quarter of Train in 2.0),
-speakers in two partitions, a row without audio (2.0), test set 3 without rows, a stereo clip at 44.1 kHz, raters who
-rated a clip twice, missing ratings. Files under `Previous_releases_information` are of other releases and are dropped.
+All releases are read: `label`, `labels` or `Labels`; `concensus` up to 1.9; `Labels/Labels` (2.0); three tables of
+single ratings. Known defects, handled and counted: clips without a speaker (a quarter of Train in 2.0), speakers in
+two partitions, a row without audio (2.0), test set 3 without rows, a stereo clip at 44.1 kHz, raters with two ratings
+of a clip, missing ratings. Files under `Previous_releases_information` are of other releases and are dropped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EMOTIONS = {
     "C": "contempt",
     "N": "neutral",
     "O": "other",
-    "X": None,  # no emotion was chosen most often
+    "X": None,  # no majority
 }
 RATINGS = {
     "angry": "A",
@@ -71,7 +71,7 @@ RATING_COLUMNS = (  # 1.7 to 1.12; 2.0; 1.6
     {"FileName", "WorkerID", "EmoClass_Major"},
     {"FileName", "Workers", "EmoClass_Major"},
 )
-NOT_KNOWN = ("", "nan", "none", "unknown")
+UNKNOWN_VALUES = ("", "nan", "none", "unknown")
 
 
 @dataclass
@@ -79,10 +79,10 @@ class MspPodcastConfig(CorpusConfig):
     """Options of MSP-Podcast.
 
     Attributes:
-        test_sets: which become the test split: Test1, Test2, Test3. Speakers of the others are not trained on either.
-        keep_unknown_speakers: keep clips whose speaker the corpus does not know, each as a speaker of its own. They
-            may be of speakers of another split.
-        allow_missing_text: take clips without a transcript without complaint; their rows have no text.
+        test_sets: partitions of the test split: Test1, Test2, Test3. Speakers of the others are not in train either.
+        keep_unknown_speakers: keep clips with an unknown speaker, each with a speaker id of its own. They may be of a
+            speaker of another split.
+        allow_missing_text: accept clips without a transcript; their rows have no text.
     """
 
     test_sets: tuple[str, ...] = TEST_SETS
@@ -92,7 +92,9 @@ class MspPodcastConfig(CorpusConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not set(self.test_sets) <= set(TEST_SETS):
-            raise UserError(f"msp_podcast: unknown test_sets {self.test_sets}.", f"Choose of {', '.join(TEST_SETS)}.")
+            raise UserError(
+                f"msp_podcast: unknown test_sets {self.test_sets}.", f"Choose from {', '.join(TEST_SETS)}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class MspPodcast(CorpusBuilder):
     HOMEPAGE = "https://www.lab-msp.com/MSP/MSP-Podcast.html"
     LABELS = EMOTIONS
     FILE_NAME = FILE_NAME
-    NOT_TO_BE_PUBLISHED = "the licence signed for MSP-Podcast prohibits distribution"
+    NOT_TO_BE_PUBLISHED = "the license signed for MSP-Podcast prohibits distribution"
 
     def members(self, paths: list[str]) -> list[Member]:
         """List the files of the sources.
@@ -146,13 +148,13 @@ class MspPodcast(CorpusBuilder):
         """Join audio, transcripts and TextGrids with the tables by the names of the clips."""
         ours = [member for member in members if _is_of_this_release(member)]
         labels = read_labels(ours)
-        agreements, oddities = read_agreements(ours, labels)
-        yield from oddities
+        agreements, irregular = read_agreements(ours, labels)
+        yield from irregular
         sidecars = find_sidecars(ours)
         if not sidecars and not self.config.allow_missing_text:
             raise UserError(
-                "MSP-Podcast: no transcripts; releases before 1.11 come without.",
-                "Put Transcripts/<clip>.txt beside Audios, from any recogniser, or set allow_missing_text.",
+                "MSP-Podcast: no transcripts; releases before 1.11 have none.",
+                "Put Transcripts/<clip>.txt beside Audios, from any speech recognizer, or set allow_missing_text.",
             )
         crossing = find_crossing_speakers(labels.values())
         seen: set[str] = set()
@@ -160,7 +162,7 @@ class MspPodcast(CorpusBuilder):
             name = f"{_stem(member.file_name)}.wav"
             label = labels.get(name)
             is_test3 = label is None and name.startswith("MSP-PODCAST_test3_")
-            if is_test3:  # its rows are kept by the authors
+            if is_test3:  # the authors do not publish its rows
                 label = Label(partition="test3", speaker=f"test3-{name[-8:-4]}")
             if not _is_of_this_release(member):
                 yield Skipped(member, "clip of an earlier release")
@@ -178,32 +180,32 @@ class MspPodcast(CorpusBuilder):
                     is_fault = not self.config.allow_missing_text
                     yield Skipped(member, "no transcript", is_fault, action="noted")
                 if label.speaker is None:
-                    yield Skipped(member, "unknown speaker, kept, maybe one of another split", action="noted")
+                    yield Skipped(member, "unknown speaker, kept, possibly of another split", action="noted")
                 yield describe(member, label, agreements.get(name), sidecars.get(_stem(name), ()))
             seen.add(name)
         for name in sorted(labels.keys() - seen):
             yield Skipped(name, "row of the consensus table without audio", is_fault=True)
 
     def complete(self, utterance: Utterance, tally: Tally) -> Utterance:
-        """Read transcript and TextGrid; each is enough for the text.
+        """Read transcript and TextGrid; either gives the text.
 
         Raises:
             UserError: one of them is damaged.
         """
         text = ""
-        heard: tuple[TimedWord, ...] = ()
+        aligned: tuple[TimedWord, ...] = ()
         for member in utterance.sidecars:
             if member.name.endswith(".txt"):
                 text = read_text(member)
             else:
-                heard = read_words(member.read(), str(member))
+                aligned = read_words(member.read(), str(member))
         if any(character.isalnum() for character in text):
             text = normalize_text(text, str(utterance.member))
-            words = place_words(split_words(text), heard)
-            if heard and words is None:
+            words = place_words(split_words(text), aligned)
+            if aligned and words is None:
                 tally.add("noted", "transcript and TextGrid differ", utterance.member.file_name)
             return dataclasses.replace(utterance, text=text, words=words)
-        known = tuple(word for word in heard if word[0].lower() != UNKNOWN_WORD)
+        known = tuple(word for word in aligned if word[0].lower() != UNKNOWN_WORD)
         if not known:
             if utterance.sidecars and not self.config.allow_missing_text:
                 tally.add("noted", "no transcript", utterance.member.file_name)
@@ -212,15 +214,15 @@ class MspPodcast(CorpusBuilder):
 
     def _reason_to_drop(self, label: Label, crossing: Mapping[str, str]) -> str | None:
         if SPLITS[label.partition] == "test" and label.partition.capitalize() not in self.config.test_sets:
-            return f"{label.partition.capitalize()} was not asked for"
+            return f"{label.partition.capitalize()} was not selected"
         if label.speaker is None:
-            return None if self.config.keep_unknown_speakers else "unknown speaker, maybe of another split"
+            return None if self.config.keep_unknown_speakers else "unknown speaker, possibly of another split"
         split = crossing.get(label.speaker, SPLITS[label.partition])
-        return None if split == SPLITS[label.partition] else f"its speaker is in {split}, too"
+        return None if split == SPLITS[label.partition] else f"its speaker is also in {split}"
 
 
 def describe(member: Member, label: Label, agreement: float | None, sidecars: tuple[Member, ...]) -> Utterance:
-    """Return what the tables say about a clip; its text is in `sidecars`."""
+    """Return the utterance of a clip with the labels of the tables; its text is in `sidecars`."""
     short_name = _stem(member.file_name).removeprefix("MSP-PODCAST_")
     return Utterance(
         id=f"msp_podcast-{short_name}",
@@ -240,7 +242,7 @@ def describe(member: Member, label: Label, agreement: float | None, sidecars: tu
 
 
 def find_sidecars(members: Iterable[Member]) -> dict[str, tuple[Member, ...]]:
-    """Return transcript and TextGrid of each clip that has one of them, by the clip's name without suffix."""
+    """Return transcript and TextGrid of each clip, by the clip's name without suffix."""
     found: dict[str, dict[str, Member]] = {}
     for member in members:
         stem, _, suffix = member.file_name.rpartition(".")
@@ -250,7 +252,7 @@ def find_sidecars(members: Iterable[Member]) -> dict[str, tuple[Member, ...]]:
 
 
 def find_crossing_speakers(labels: Iterable[Label]) -> dict[str, str]:
-    """Return the speakers of more than one split, each with the split that keeps it: test before validation."""
+    """Return the speakers of more than one split, each with its split here: test before validation."""
     splits: dict[str, set[str]] = {}
     for label in labels:
         if label.speaker is not None:
@@ -261,10 +263,10 @@ def find_crossing_speakers(labels: Iterable[Label]) -> dict[str, str]:
 
 
 def read_labels(members: Iterable[Member]) -> dict[str, Label]:
-    """Return what the consensus table says about each file name.
+    """Return the row of the consensus table of each file name.
 
     Raises:
-        UserError: no table, two that differ, or one that is damaged or says what makes no sense.
+        UserError: there is no table, there are two different ones, or a value is invalid.
     """
     table = _find_table(members, r"labels_con[cs]ensus", ("csv", "json"))
     if table is None:
@@ -276,22 +278,22 @@ def read_labels(members: Iterable[Member]) -> dict[str, Label]:
     for where, row in _checked_rows(table, COLUMNS):
         name, label = row["FileName"], _label(row, where)
         if labels.setdefault(name, label) != label:
-            raise UserError(f"{where}: a second row for {name}, and it differs.", "Remove the wrong one.")
+            raise UserError(f"{where}: a second, different row for {name}.", "Remove the wrong one.")
     return labels
 
 
 def read_agreements(members: Iterable[Member], labels: Mapping[str, Label]) -> tuple[dict[str, float], list[Skipped]]:
-    """Return, for each file name, the share of its raters who chose the label it got, and what was odd.
+    """Return the share of raters that agree with the label of each file name, and irregular ratings.
 
-    A rater counts once, with the last rating. Nothing without the table of single ratings; clips that the raters did
-    not agree on are left out.
+    Of several ratings of a rater, the last is used. Empty without the table of single ratings; clips without a
+    majority are omitted.
 
     Raises:
-        UserError: two tables that differ, or a damaged one.
+        UserError: there are two different tables, or a damaged one.
     """
     table = _find_table(members, "labels_detailed", ("csv",))
     ratings: dict[str, dict[str, str]] = {}
-    oddities = []
+    irregular = []
     for where, row in _checked_rows(table, *RATING_COLUMNS) if table else ():
         if "EmoDetail" in row:  # WORKER00000001; Other-confused; Concerned,Confused; A:3.000000; V:...; D:...;
             rater, _, rest = row["EmoDetail"].partition(";")
@@ -300,32 +302,32 @@ def read_agreements(members: Iterable[Member], labels: Mapping[str, Label]) -> t
                 raise UserError(f"{where}: {row['EmoDetail']!r} is not a rating.", "Get the table again.")
         else:
             rater, emotion = row["WorkerID" if "WorkerID" in row else "Workers"], row["EmoClass_Major"]
-        # The free text behind "Other-" may be anything.
+        # Free text follows "Other-".
         code = RATINGS.get(emotion.strip().lower().partition("-")[0])
         by_rater = ratings.setdefault(row["FileName"], {})
         if code is None:
-            oddities.append(Skipped(row["FileName"], "a rating without a known emotion", action="noted"))
+            irregular.append(Skipped(row["FileName"], "a rating with an unknown emotion", action="noted"))
             continue
         if rater in by_rater:
-            oddities.append(Skipped(row["FileName"], "a rater rated twice: the last rating counts", action="noted"))
-        by_rater[sys.intern(rater)] = code  # a few thousand raters made two million ratings
+            irregular.append(Skipped(row["FileName"], "two ratings of a rater: the last is used", action="noted"))
+        by_rater[sys.intern(rater)] = code  # a few thousand raters, two million ratings
     agreements = {}
     for name, by_rater in ratings.items():
         consensus = labels[name].emotion if name in labels else None
         if by_rater and consensus is not None and EMOTIONS.get(consensus) is not None:
             agreements[name] = sum(code == consensus for code in by_rater.values()) / len(by_rater)
-    return agreements, oddities
+    return agreements, irregular
 
 
 def _label(row: Mapping[str, str], where: str) -> Label:
     partition = row["Split_Set"].lower()
     if partition not in SPLITS:
-        raise UserError(f"{where}: unknown Split_Set {row['Split_Set']!r}.", f"Known are: {', '.join(SPLITS)}.")
+        raise UserError(f"{where}: unknown Split_Set {row['Split_Set']!r}.", f"Choose from {', '.join(SPLITS)}.")
     speaker, gender = row["SpkrID"], row["Gender"].lower()
     return Label(
         partition=partition,
-        speaker=None if speaker.lower() in NOT_KNOWN else speaker,
-        gender=None if gender in NOT_KNOWN else gender,
+        speaker=None if speaker.lower() in UNKNOWN_VALUES else speaker,
+        gender=None if gender in UNKNOWN_VALUES else gender,
         emotion=row["EmoClass"],
         arousal=_attribute(row, "EmoAct", where),
         valence=_attribute(row, "EmoVal", where),
@@ -342,20 +344,20 @@ def _attribute(row: Mapping[str, str], column: str, where: str) -> float | None:
     if math.isnan(mean):
         return None
     if not 1 <= mean <= 7:
-        raise UserError(f"{where}: {column} is {row[column]!r}; it lies between 1 and 7.", "Get the table again.")
+        raise UserError(f"{where}: {column} is {row[column]!r}; not between 1 and 7.", "Get the table again.")
     return (mean - 1) / 6
 
 
 def _find_table(members: Iterable[Member], name: str, suffixes: Iterable[str]) -> Member | None:
-    """Return the table of the first suffix that is there; copies of one another count as one."""
+    """Return the table with the first available suffix; identical copies are accepted."""
     for suffix in suffixes:
         pattern = re.compile(rf"{name}\.{suffix}", re.IGNORECASE)
         found = [member for member in members if pattern.fullmatch(member.file_name)]
         for other in found[1:]:
             if other.read() != found[0].read():
                 raise UserError(
-                    f"{found[0]} and {other} differ: these are two releases.",
-                    "Keep the labels of the release that the audio is of, and remove the others.",
+                    f"{found[0]} and {other} differ: they are of two releases.",
+                    "Keep the labels of the release of the audio, and remove the others.",
                 )
         if found:
             return found[0]
@@ -363,7 +365,7 @@ def _find_table(members: Iterable[Member], name: str, suffixes: Iterable[str]) -
 
 
 def _checked_rows(table: Member, *schemas: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield place and cells of each row; they must have the columns of one of `schemas`."""
+    """Yield location and cells of each row; they must have the columns of one of `schemas`."""
     for where, row in read_rows(table):
         if not any(schema <= row.keys() for schema in schemas):
             missing = ", ".join(sorted(schemas[0] - row.keys()))

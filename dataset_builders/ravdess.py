@@ -52,7 +52,7 @@ EMOTIONS = {
     "07": "disgust",
     "08": "surprised",
 }
-# The corpus says "normal" and "strong"; nothing in it is weaker than normal.
+# The corpus has "normal" and "strong" only.
 INTENSITIES = {"01": "medium", "02": "high"}
 STATEMENTS = {"01": "Kids are talking by the door", "02": "Dogs are sitting by the door"}
 VALIDATION_ACTORS = range(17, 21)
@@ -96,7 +96,7 @@ class Ravdess(CorpusBuilder):
         return [ARCHIVES[subset] for subset in self.config.subsets]
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
-        """Read the file names: everything RAVDESS says about a clip is in there."""
+        """Read the file names, which encode all labels of a clip."""
         for member in members:
             if not member.file_name.lower().endswith((".wav", ".mp4")):
                 continue
@@ -107,15 +107,15 @@ class Ravdess(CorpusBuilder):
                     "Names are seven numbers, as in 03-01-06-01-02-01-12.wav. Remove it or name another folder.",
                 )
             if match["modality"] != AUDIO_ONLY:
-                yield Skipped(member, "video or audio-visual file: its sound is that of the audio-only file")
+                yield Skipped(member, "video or audio-visual file with the sound of the audio-only file")
             elif SUBSETS[match["channel"]] in self.config.subsets:
                 yield describe(member, match)
             else:
-                yield Skipped(member, f"{SUBSETS[match['channel']]} was not asked for")
+                yield Skipped(member, f"{SUBSETS[match['channel']]} was not selected")
 
 
 def describe(member: Member, match: re.Match[str]) -> Utterance:
-    """Return what the seven numbers of a file name say."""
+    """Return the utterance of a clip, from the seven numbers of its name."""
     emotion, actor = EMOTIONS[match["emotion"]], int(match["actor"])
     if emotion == "neutral" and match["intensity"] == "02":
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal, Optional
 
 from hf_csm.errors import UserError
@@ -207,8 +208,8 @@ class TrainingConfig:
     """Maximum number of validation windows per evaluation, over all processes."""
     log_every: int = 1
     """Steps between log entries in metrics.jsonl and the trackers."""
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Experiment trackers: tensorboard, wandb, trackio."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"] if find_spec("tensorboard") else [])
+    """Experiment trackers: tensorboard (the default if it is installed), wandb, trackio."""
     push_to_hub: Optional[str] = None
     """Hub repository `user/name` to push the adapter to after training (the best checkpoint if there are
     evaluations). Permissions and licenses are checked before the first step."""

@@ -1,7 +1,7 @@
 """Checkpoints of a run: `checkpoint_000500/{consolidated/, adapter/, state/}`, written beside and renamed.
 
-`adapter/` is in PEFT's format, `consolidated/` in that of the model family's own loader, and `state/` holds what a run
-needs to resume bit for bit. The base model is not written.
+`adapter/` is in PEFT's format, `consolidated/` in that of the model family's loader. `state/` holds the optimizer and
+random states, so that a run resumes bit for bit. The base model is not written.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CHECKPOINT_NAME = re.compile(r"^checkpoint_(\d{6,})$")
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
         step: optimizer steps taken.
-        num_micro_batches: that all processes together have had.
+        num_micro_batches: consumed by all processes together.
         evaluated_step: step of the last evaluation, -1 for none.
         evaluated_loss: its loss with the adapter.
         best_step: step of the checkpoint with the lowest evaluation loss, -1 for none.
@@ -53,23 +53,23 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [path for path in run_dir.glob("checkpoint_*") if CHECKPOINT_NAME.match(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
 
 
 def find_checkpoint_to_resume(run_dir: Path, wanted: str | None) -> Path | None:
-    """Return the checkpoint that `resume_from_checkpoint` means; None starts afresh.
+    """Return the checkpoint that `resume_from_checkpoint` names; None for a new run.
 
     Raises:
-        UserError: there is no such checkpoint, or a fresh run would write over the checkpoints of another.
+        UserError: there is no such checkpoint, or a new run would overwrite the checkpoints of another.
     """
     existing = list_checkpoints(run_dir)
     if wanted is None:
         if existing:
             raise UserError(
                 f"{run_dir} already holds {len(existing)} checkpoints, up to {existing[-1].name}.",
-                "Go on with --resume-from-checkpoint latest, or choose another --run_dir.",
+                "Continue with --resume-from-checkpoint latest, or choose another --run_dir.",
             )
         return None
     if wanted == "latest":
@@ -82,7 +82,7 @@ def find_checkpoint_to_resume(run_dir: Path, wanted: str | None) -> Path | None:
         )
     if existing and path.resolve().parent == run_dir.resolve() and path.resolve() != existing[-1].resolve():
         raise UserError(
-            f"{run_dir} goes on to {existing[-1].name}; resuming from {path.resolve().name} would mix two runs.",
+            f"{run_dir} has checkpoints up to {existing[-1].name}; {path.resolve().name} is an earlier one.",
             "Choose another --run_dir for the branch, or move the later checkpoints away.",
         )
     return path
@@ -98,7 +98,7 @@ def save_checkpoint(
     config: RunConfig,
     accelerator: Accelerator,
 ) -> Path:
-    """Write the checkpoint of the step `progress` stands at; all processes call this together."""
+    """Write the checkpoint of the step in `progress`; all processes call this together."""
     path = checkpoint_path(run_dir, progress.step)
     unfinished = path.with_name(f".{path.name}.tmp")
     if accelerator.is_main_process:
@@ -122,7 +122,7 @@ def save_checkpoint(
 
 
 def options_of(config: RunConfig) -> dict[str, object]:
-    """Return the options that shape a run's trajectory, by dotted name, as plain data."""
+    """Return the options that change the weights of a run, by dotted name, as plain data."""
     tree = json.loads(json.dumps(asdict(config)))
     flat: dict[str, object] = {"seed": tree["seed"]}
     for group in ("moshi_paths", "dataset", "lora", "loss", "training", "optimizer", "scheduler"):
@@ -137,7 +137,7 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, process_index: int)
     """Restore the optimizer and this process's random numbers; the adapter is loaded with the model.
 
     Returns:
-        Where the run stood, and its `options_of`.
+        The progress of the run, and its `options_of`.
 
     Raises:
         UserError: a state file is damaged.
@@ -146,7 +146,7 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, process_index: int)
         state = torch.load(path / "state" / "trainer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         rng_path = path / "state" / f"rng_{process_index:05d}.pt"
-        if rng_path.exists():  # a run may go on with more processes than it had
+        if rng_path.exists():  # a run may continue with more processes
             _set_rng_state(torch.load(rng_path, map_location="cpu", weights_only=True))
     except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
         raise UserError(
@@ -157,7 +157,7 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, process_index: int)
 
 
 def mark_best(run_dir: Path, step: int) -> None:
-    """Let `best` name the checkpoint of a step."""
+    """Let the link `best` point to the checkpoint of a step."""
     unfinished = run_dir / ".best.tmp"
     unfinished.unlink(missing_ok=True)
     unfinished.symlink_to(checkpoint_path(run_dir, step).name)

@@ -12,14 +12,14 @@ from types import FrameType, TracebackType
 
 PR_SET_PDEATHSIG = 1
 LAUNCHERS_SET = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}
-"""Variables that torchrun and `accelerate launch` give to the processes they start."""
+"""Environment variables that torchrun and `accelerate launch` set for their processes."""
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered; a second Ctrl-C stops the program at once.
+    """Context that records the first SIGINT or SIGTERM; a second Ctrl-C stops the program at once.
 
     Attributes:
-        signal_number: of the first signal that came, 0 for none.
+        signal_number: of the first signal, 0 for none.
     """
 
     def __init__(self) -> None:
@@ -39,21 +39,21 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        # After Ctrl-C the launcher dies first and its end sends SIGTERM here: that must not cut the checkpoint short.
+        # After Ctrl-C the launcher exits first and then sends SIGTERM: that must not interrupt the checkpoint.
         if self.signal_number and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = self.signal_number or number
 
 
 def stop_with_launcher() -> None:
-    """Under a launcher, ask the kernel for SIGTERM when it is gone, so that no run goes on unseen. Linux only.
+    """Under a launcher, ask the kernel for SIGTERM when the launcher exits, so that no run is orphaned. Linux only.
 
-    `accelerate launch` hands signals to a single process only when they come from the terminal. A run that was started
-    by itself keeps going when its shell ends, as `nohup` wants it.
+    `accelerate launch` forwards signals to a single process only when they come from the terminal. A run without a
+    launcher continues when its shell ends, as `nohup` expects.
     """
     if sys.platform != "linux" or not LAUNCHERS_SET & os.environ.keys():
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it went in between
+    if os.getppid() != parent:  # it exited in between
         os.kill(os.getpid(), signal.SIGTERM)

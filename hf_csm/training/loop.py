@@ -50,7 +50,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step measured, over all micro-batches and processes.
+    """Measurements of an optimizer step, over all micro-batches and processes.
 
     Attributes:
         loss: weighted mean negative log likelihood, nats.
@@ -58,7 +58,7 @@ class StepResult:
         grad_norm: before clipping.
         num_frames: frames with tokens, padding excluded.
         num_padded_frames: frames of padding in the micro-batches.
-        stop_signal: signal that a process was sent, 0 for none.
+        stop_signal: signal that a process has received, 0 for none.
     """
 
     loss: float
@@ -80,7 +80,7 @@ def train(config: RunConfig, family: Family) -> Path:
     resume_path = find_checkpoint_to_resume(run_dir, config.resume_from_checkpoint)
     accelerator = _build_accelerator(config, run_dir)
     if config.resume_from_checkpoint == "latest" and resume_path is None:
-        logger.warning(f"{run_dir} holds no checkpoint to resume from: starting afresh.")
+        logger.warning(f"{run_dir} holds no checkpoint to resume from: the run starts at step 0.")
     set_seed(config.seed)
 
     base = family.find_checkpoint(config.moshi_paths.hf_repo_id, config.moshi_paths.revision)
@@ -90,13 +90,13 @@ def train(config: RunConfig, family: Family) -> Path:
     if train_table.num_cut:
         logger.warning(
             f"{train_table.num_cut} of {len(train_table)} windows are longer than dataset.duration_sec "
-            f"({config.dataset.duration_sec:g} s) and are cut there."
+            f"({config.dataset.duration_sec:g} s) and are truncated."
         )
     validation_table = held_out_table(dataset, "validation", codec_sha256)
 
     model = family.load_lm(
         base,
-        device="cpu" if accelerator.device.type == "cpu" else accelerator.device,  # safetensors knows no "cpu:0"
+        device="cpu" if accelerator.device.type == "cpu" else accelerator.device,  # safetensors rejects "cpu:0"
         dtype=getattr(torch, config.moshi_paths.dtype),
         gradient_checkpointing=config.advanced.gradient_checkpointing,
     )
@@ -129,13 +129,13 @@ def train(config: RunConfig, family: Family) -> Path:
         progress, was = load_state(resume_path, optimizer, accelerator.process_index)
         if checkpoint_path(run_dir, progress.best_step).is_dir():
             if accelerator.is_main_process:
-                mark_best(run_dir, progress.best_step)  # the run may have been killed before it could
-        else:  # a branch in a folder of its own starts without a best
+                mark_best(run_dir, progress.best_step)  # a run may be killed between checkpoint and link
+        else:  # a run that resumes in another folder has no best yet
             progress.best_step, progress.best_loss = -1, float("inf")
         changed = {name: value for name, value in options_of(config).items() if was.get(name) != value}
         if changed:
             text = ", ".join(f"{name} {was.get(name)} -> {value}" for name, value in changed.items())
-            logger.warning(f"This run differs from the one that wrote {resume_path}: {text}.")
+            logger.warning(f"This run differs from the run that wrote {resume_path}: {text}.")
     accelerator.init_trackers("hf-csm")
     log = MetricsLog(run_dir / "metrics.jsonl", accelerator, None if resume_path is None else progress.step)
     if accelerator.is_main_process:
@@ -206,9 +206,9 @@ def _run(
     with StopRequest() as stop, bar:
         while True:
             step = progress.step
-            is_last = step >= options.max_steps  # a resumed run may have been told to be shorter
+            is_last = step >= options.max_steps  # max_steps may be lower than in the resumed run
 
-            # once in a while: evaluate on the validation split
+            # every eval_every steps: evaluate on the validation split
             is_due = options.eval_every > 0 and (step % options.eval_every == 0 or is_last)
             if is_due and progress.evaluated_step != step and not stop_signal:
                 losses = evaluate()
@@ -216,7 +216,7 @@ def _run(
                 progress.evaluated_step, progress.evaluated_loss = step, losses["eval_loss"]
                 bar.set_postfix_str(f"eval_loss {losses['eval_loss']:.4f}, base {losses['eval_base_loss']:.4f}")
 
-            # once in a while: write a checkpoint
+            # every save_every steps: write a checkpoint
             if is_last or stop_signal or (step % options.save_every == 0 and step > resumed_step):
                 is_best = progress.evaluated_step == step and progress.evaluated_loss < progress.best_loss
                 if is_best:
@@ -227,7 +227,7 @@ def _run(
                         mark_best(run_dir, step)
                     remove_old_checkpoints(run_dir, options.keep_checkpoints, progress.best_step)
             if stop_signal:
-                logger.warning(f"Interrupted: {checkpoint} is written. Go on with --resume-from-checkpoint latest.")
+                logger.warning(f"Interrupted: {checkpoint} is written. Continue with --resume-from-checkpoint latest.")
                 raise SystemExit(128 + stop_signal)
             if is_last:
                 return checkpoint
@@ -272,8 +272,8 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step over the next micro-batches of every process.
 
-    All micro-batches are collected first, because the loss of each is divided by the weights of all: the gradient is
-    that of one big batch, however it is cut.
+    All micro-batches are collected first, because the loss of each is divided by the sum of all weights: the gradient
+    equals that of one large batch, whatever the number of micro-batches.
 
     Raises:
         UserError: the loss or the norm of the gradient is not finite; no weight has changed.
@@ -297,7 +297,7 @@ def train_step(
         totals[1] += has_token.sum()
         totals[2] += has_token.numel() - has_token.sum()
         totals[5:] += stream_sums(output, mask).flatten().double()
-    if stop is not None and stop.signal_number:  # one process may be told, all must stop after the same step
+    if stop is not None and stop.signal_number:  # one process may receive it; all must stop after the same step
         totals[3 if stop.signal_number == signal.SIGINT else 4] = 1
     totals = accelerator.reduce(totals, reduction="sum").cpu()
     max_norm = config.training.max_grad_norm or float("inf")
@@ -329,23 +329,23 @@ def _build_accelerator(config: RunConfig, run_dir: Path) -> Accelerator:
         log_with=config.training.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "logs")),
     )
-    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in known:
+    supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in supported:
         raise UserError(
-            f"Accelerate is set to {accelerator.distributed_type.value}, which splits the base; not supported yet.",
-            "Launch with accelerate_configs/multi_gpu.yaml: each GPU then holds the whole base.",
+            f"Accelerate is set to {accelerator.distributed_type.value}, which shards the base model: not supported.",
+            "Launch with accelerate_configs/multi_gpu.yaml: each GPU then holds the whole base model.",
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"Accelerate is set to {accelerator.mixed_precision}.", "Set mixed_precision to bf16 or no.")
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             f"Accelerate is set to accumulate over {accelerator.gradient_accumulation_steps} steps.",
-            "Leave that out of its options and set training.gradient_accumulation_steps.",
+            "Remove that option and set training.gradient_accumulation_steps.",
         )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
         raise UserError(
-            f"{world_size} processes were started, but Accelerate knows of {accelerator.num_processes}.",
+            f"{world_size} processes were started, but Accelerate uses {accelerator.num_processes}.",
             "On a machine without GPU, set ACCELERATE_USE_CPU=true for torchrun.",
         )
     return accelerator

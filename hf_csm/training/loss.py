@@ -23,7 +23,7 @@ def weighted_sum(output: TokenNLL, weights: torch.Tensor) -> torch.Tensor:
     """Return the weighted sum of the negative log likelihoods, a scalar, to be divided by the sum of all weights.
 
     Divide by the weights of the whole optimizer step, over its micro-batches and processes: dividing each micro-batch
-    by its own would let a short, mostly padded window count as much as a full one.
+    by its own would give a short, mostly padded window the same weight as a full one.
     """
     assert output.nll.shape == weights.shape, (output.nll.shape, weights.shape)
     assert not (weights.bool() & ~output.mask).any(), "a token has a weight but the model does not predict it"

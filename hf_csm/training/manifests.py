@@ -1,4 +1,4 @@
-"""JSONL manifests of dialogues, as the fine-tuning guide names them: encoded before training opens its tables."""
+"""Encode JSONL manifests of dialogues, the format of moshi-finetune, before training opens its tables."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hf_csm.models.family import Checkpoint, Family
 
 
 def encode_manifests(config: RunConfig, family: Family, base: Checkpoint, accelerator: Accelerator) -> DatasetConfig:
-    """Return the dataset with a table of codes in the place of each manifest.
+    """Return the dataset with each manifest replaced by a table of codes.
 
-    The tables are in `<run_dir>/codes`; what is there is not encoded again. All processes call this together.
+    The tables are in `<run_dir>/codes`; existing ones are not encoded again. All processes call this together.
 
     Raises:
         UserError: a manifest or one of its recordings cannot be read.

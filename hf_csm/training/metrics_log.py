@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object a line, and the same to the trackers."""
+"""metrics.jsonl, one JSON object per line, and the same values for the trackers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MetricsLog:
 
     Args:
         path: the metrics.jsonl of the run.
-        resumed_step: lines of later steps belong to a run that was cut off, and are dropped; None starts afresh.
+        resumed_step: lines of later steps are from an interrupted run, and are dropped; None for a new run.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, resumed_step: int | None):
@@ -33,7 +33,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append a line and tell the trackers."""
+        """Append a line and log it to the trackers."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -41,7 +41,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the lines of a metrics.jsonl; a last line that was cut off is left out."""
+    """Return the lines of a metrics.jsonl; an incomplete last line is left out."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate over the run."""
+"""The optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def learning_rate(step: int, max_steps: int, peak: float, config: SchedulerConfi
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value

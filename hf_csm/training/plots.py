@@ -1,4 +1,4 @@
-"""What a run's metrics look like."""
+"""Plot the metrics of a run."""
 
 from __future__ import annotations
 

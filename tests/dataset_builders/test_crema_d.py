@@ -76,7 +76,7 @@ def defective(tmp_path_factory):
     [
         ("dropped", "digital silence", 1, "1076_MTI_SAD_XX.wav"),
         ("dropped", "one recording under two labels", 6, "1006_TIE_HAP_XX.wav"),
-        ("repaired", "one X for two in its name, as before October 2022", 1, "1040_ITH_SAD_X.wav"),
+        ("repaired", "named with one X instead of two, as before October 2022", 1, "1040_ITH_SAD_X.wav"),
         ("dropped", "in summaryTable.csv without a wav", 1, "1013_TIE_FEA_XX"),
         ("noted", "no entry in summaryTable.csv", 1, "1013_DFA_FEA_XX.wav"),
     ],
@@ -213,12 +213,16 @@ NAME = "1001_IEO_NEU_XX"
 @pytest.mark.parametrize(
     ("table", "content", "problem"),
     [
-        ("summaryTable", summary_csv([NAME]).decode().encode("utf-16"), r"summaryTable\.csv: not a CSV file in UTF-8"),
-        ("summaryTable", b'"","FileName","VoiceVote"\n"1","caf\xe9","N"\n', "not a CSV file in UTF-8"),
-        ("summaryTable", b'"","FileName","VoiceVote"\n"1","' + NAME.encode(), "not a CSV file in UTF-8"),
-        ("summaryTable", b"", "no column 'FileName'; its columns are none"),
-        ("summaryTable", b'"","FileName","FaceVote"\n', "no column 'VoiceVote'; its columns are , filename, facevote"),
-        ("summaryTable", b'"","FileName","VoiceVote"\n"1","1001_IEO_NEU_XX"\n', "row 2: 2 fields, its header has 3"),
+        ("summaryTable", summary_csv([NAME]).decode().encode("utf-16"), r"summaryTable\.csv: not UTF-8"),
+        ("summaryTable", b'"","FileName","VoiceVote"\n"1","caf\xe9","N"\n', "not UTF-8"),
+        ("summaryTable", b'"","FileName","VoiceVote"\n"1","' + NAME.encode(), "cannot be read from its first row"),
+        ("summaryTable", b"", "no rows"),
+        (
+            "summaryTable",
+            b'"","FileName","FaceVote"\n"1","x","N"\n',
+            "no column 'VoiceVote'; .* FaceVote",
+        ),
+        ("summaryTable", b'"","FileName","VoiceVote"\n"1","1001_IEO_NEU_XX"\n', "2 cells under 3 columns"),
         ("summaryTable", summary_csv([NAME]).replace(b'"N"', b'"Q"'), f"{NAME} has the unknown vote 'Q'"),
         ("summaryTable", summary_csv([NAME]).replace(b'"N"', b'"N:Q"'), f"{NAME} has the unknown vote 'N:Q'"),
         (
@@ -226,7 +230,7 @@ NAME = "1001_IEO_NEU_XX"
             summary_csv([NAME]) + summary_csv([NAME]).split(b"\n")[1].replace(b'"N"', b'"A"'),
             f"two votes on {NAME}, N and A",
         ),
-        ("tabulatedVotes", b'"","fileName"\n', "no column 'agreement'"),
+        ("tabulatedVotes", b'"","fileName"\n"1","x"\n', "no column 'agreement'"),
         (
             "tabulatedVotes",
             b'"","fileName","agreement"\n"100001","x","NA"\n',

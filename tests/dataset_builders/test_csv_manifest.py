@@ -95,8 +95,8 @@ def test_cells_of_json_lines_may_be_numbers_and_null(tmp_path):
 def test_columns_that_are_not_used_are_noted_once(tmp_path):
     write(tmp_path, [clip(1, mood="x", Take="1"), clip(2, mood="y", Take="2")])
     _, tally = listing(tmp_path)
-    assert tally.counts == {("noted", "column that is not used"): 2}
-    assert tally.examples == {("noted", "column that is not used"): "column mood"}
+    assert tally.counts == {("noted", "unused column"): 2}
+    assert tally.examples == {("noted", "unused column"): "column mood"}
 
 
 def test_a_path_named_twice_is_a_second_copy_and_a_missing_file_is_dropped(tmp_path):
@@ -141,7 +141,7 @@ def test_fewer_than_three_speakers_all_train_and_this_is_noted(tmp_path):
     write(tmp_path, rows)
     found, tally = listing(tmp_path)
     assert {u.split for u in found.values()} == {"train"}
-    assert tally.counts == {("noted", "fewer than three speakers: all of them train"): 1}
+    assert tally.counts == {("noted", "fewer than three speakers: all are for training"): 1}
 
 
 def test_a_speaker_in_two_splits_is_an_error(tmp_path):
@@ -188,12 +188,12 @@ def test_a_name_that_cannot_be_is_an_error(tmp_path, table, options, message):
         ({"path": "/etc/passwd"}, r"the path '/etc/passwd' is not below"),
         ({"path": "..\\2.wav"}, "is not below"),
         ({"path": ""}, r"the path '' is not below"),
-        ({"path": "0.flac"}, r"0\.flac and 0\.wav get the same id, mine-0"),
+        ({"path": "0.flac"}, r"0\.flac and 0\.wav have the same id, mine-0"),
         ({"text": " "}, r"the transcript '' is empty"),
         ({"emotion": "hangry"}, "unknown emotion 'hangry'"),
         ({"emotion_perceived": "hangry"}, "unknown emotion_perceived 'hangry'"),
         ({"gender": "womann"}, "unknown gender 'womann'"),
-        ({"path": "0.wav", "text": "Ho."}, r"0\.wav is in .*row [12], too, and they differ"),
+        ({"path": "0.wav", "text": "Ho."}, r"0\.wav differs from its row in .*row [12]"),
         ({"intensity": "loud"}, "unknown intensity 'loud'"),
         ({"split": "later"}, "unknown split 'later'"),
         ({"split": ""}, "no split"),
@@ -268,5 +268,5 @@ def test_what_is_not_one_table_is_an_error(tmp_path, sources, message):
 
 
 def test_without_a_table_the_user_is_told_to_name_one():
-    with pytest.raises(UserError, match="no table is named"):
+    with pytest.raises(UserError, match="no table was given"):
         listing(None)

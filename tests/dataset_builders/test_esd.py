@@ -24,7 +24,7 @@ from tests.doubles.esd import (
 
 EDGES = (1, 20, 21, 50, 51, 350, 351)
 """Numbers around the ends of partitions and emotions."""
-HELD_OUT = "held out: its speaker and its sentence are of two splits"
+HELD_OUT = "speaker and sentence are of two splits"
 
 
 def listing(raw, **options):
@@ -281,7 +281,7 @@ def test_two_rows_for_a_clip_that_differ_are_noted(tmp_path):
     write_silent(tmp_path, 11, (51,), b"0011_000051\tOne.\tNeutral\n0011_000051\tTwo.\tNeutral")
     utterances, tally = listing(tmp_path)
     assert utterances["0011_000051"].text == "One."
-    assert tally.counts == {("noted", "two transcript rows that differ: the first counts"): 1}
+    assert tally.counts == {("noted", "two different transcript rows: the first is used"): 1}
 
 
 def test_too_many_clips_without_a_row_are_an_error_with_their_names(tmp_path):
@@ -301,8 +301,8 @@ def test_languages_are_what_was_asked_for_and_the_rest_is_counted(tmp_path):
     (tmp_path / "0001/0001.txt").write_bytes(b"\xff\xfe\xff")
     utterances, tally = listing(tmp_path, languages="en")
     assert sorted(utterances) == ["0011_000051", "0011_000052"]
-    assert tally.counts == {("dropped", "Mandarin was not asked for"): 2}
-    with pytest.raises(UserError, match="no ESD clips are left: .*2 English was not asked for"):
+    assert tally.counts == {("dropped", "Mandarin was not selected"): 2}
+    with pytest.raises(UserError, match="no ESD clips are left: .*2 English was not selected"):
         shutil.rmtree(tmp_path / "0001")
         listing(tmp_path, languages=["zh"])
 
@@ -326,8 +326,8 @@ def test_a_clip_in_the_folder_of_another_emotion_is_an_error(tmp_path):
         ("0021_000051.wav", "not an ESD file name"),
         ("0011_51.wav", "not an ESD file name"),
         ("hello.wav", "not an ESD file name"),
-        ("0011_000000.wav", "clip 0 of its speaker"),
-        ("0011_001751.wav", "clip 1,751 of its speaker"),
+        ("0011_000000.wav", "unknown clip number 0"),
+        ("0011_001751.wav", "unknown clip number 1,751"),
     ],
 )
 def test_a_clip_that_esd_does_not_have_is_an_error_that_names_it(tmp_path, name, problem):

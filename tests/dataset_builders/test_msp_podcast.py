@@ -135,11 +135,11 @@ def test_the_defects_of_the_tables_are_handled_and_counted(raw, clips):
     found, tally = listing(raw)
     assert tally.counts == {
         ("dropped", "clip of an earlier release"): 1,
-        ("dropped", "its speaker is in test, too"): 1,
-        ("dropped", "unknown speaker, maybe of another split"): 2,
+        ("dropped", "its speaker is also in test"): 1,
+        ("dropped", "unknown speaker, possibly of another split"): 2,
         ("noted", "Test3: no label and no speaker"): 1,
-        ("noted", "a rater rated twice: the last rating counts"): 1,
-        ("noted", "a rating without a known emotion"): 1,
+        ("noted", "two ratings of a rater: the last is used"): 1,
+        ("noted", "a rating with an unknown emotion"): 1,
     }
     assert list(clips)[CROSSING] not in found
     test3 = found["test3_0001"]
@@ -196,8 +196,8 @@ def test_speakers_of_two_partitions_stay_in_test_before_validation_before_train(
         "0001_0008": "test",
     }
     assert tally.counts == {
-        ("dropped", "its speaker is in test, too"): 2,
-        ("dropped", "its speaker is in validation, too"): 1,
+        ("dropped", "its speaker is also in test"): 2,
+        ("dropped", "its speaker is also in validation"): 1,
     }
 
 
@@ -207,9 +207,9 @@ def test_the_test_sets_are_what_was_asked_for_and_speakers_of_the_others_do_not_
     found, tally = listing(tmp_path, test_sets=("Test1",))
     assert sorted(found) == ["0001_0001", "0001_0003"]
     assert tally.counts == {
-        ("dropped", "its speaker is in test, too"): 1,
-        ("dropped", "Test2 was not asked for"): 1,
-        ("dropped", "Test3 was not asked for"): 1,
+        ("dropped", "its speaker is also in test"): 1,
+        ("dropped", "Test2 was not selected"): 1,
+        ("dropped", "Test3 was not selected"): 1,
     }
     assert sorted(listing(tmp_path, test_sets="Test3")[0]) == ["0001_0001", "test3_0001"]
     with pytest.raises(UserError, match="test_sets"):
@@ -226,7 +226,7 @@ def test_clips_of_unknown_speakers_are_dropped_or_kept_each_as_its_own(tmp_path)
         "msp_podcast-unknown-0001_0003",
     ]
     assert found["0001_0002"].gender is None
-    assert tally.counts == {("noted", "unknown speaker, kept, maybe one of another split"): 2}
+    assert tally.counts == {("noted", "unknown speaker, kept, possibly of another split"): 2}
 
 
 RATINGS = [
@@ -255,8 +255,8 @@ def test_agreement_is_the_share_of_raters_who_chose_the_label(tmp_path, schema):
     agreements = [found[f"0001_000{number}"].emotion_agreement for number in (1, 2, 3, 4)]
     assert agreements == [0.5, 0.25, None, None]
     assert tally.counts == {
-        ("noted", "a rater rated twice: the last rating counts"): 3,
-        ("noted", "a rating without a known emotion"): 3,
+        ("noted", "two ratings of a rater: the last is used"): 3,
+        ("noted", "a rating with an unknown emotion"): 3,
     }
 
 
@@ -329,7 +329,7 @@ def test_a_row_that_makes_no_sense_is_an_error_that_names_it(tmp_path, changes, 
             lambda raw: (raw / "Labels/labels_consensus.csv").write_text(
                 "\n".join([HEADER, row(1), row(1), row(1, emotion="H")])
             ),
-            r"row 4: a second row for MSP-PODCAST_0001_0001\.wav, and it differs",
+            r"row 4: a second, different row for MSP-PODCAST_0001_0001\.wav",
         ),
         (lambda raw: (raw / "Labels/labels_detailed.csv").write_text("FileName,Rating\na,b\n"), "no column EmoDetail"),
         (lambda raw: (raw / "Labels/labels_detailed.csv").write_text("FileName,EmoDetail\na,b\n"), "is not a rating"),

@@ -84,10 +84,10 @@ def test_speech_is_the_default_and_clips_of_other_subsets_are_counted(tmp_path):
     raw = write_ravdess(tmp_path, actors=(1,), song=True, **SMALL)
     utterances, tally = listing(raw, subsets=("song",))
     assert {u.id[8:13] for u in utterances} == {"03-02"}
-    assert tally.counts == {("dropped", "speech was not asked for"): 2}
+    assert tally.counts == {("dropped", "speech was not selected"): 2}
     utterances, tally = listing(raw)
     assert {u.id[8:13] for u in utterances} == {"03-01"}
-    assert tally.counts == {("dropped", "song was not asked for"): 2}
+    assert tally.counts == {("dropped", "song was not selected"): 2}
     with pytest.raises(UserError, match="subsets"):
         listing(raw, subsets=("video",))
 
