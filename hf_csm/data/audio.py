@@ -161,6 +161,6 @@ def _refuse_truncated(content: bytes, name: str) -> None:
         page = content[content.rindex(b"OggS") :]  # flags in byte 5, number of segments in 26, their sizes, segments
         num_bytes = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
         if len(page) < num_bytes or not page[5] & 4:
-            raise UserError(f"{name}: cut short: its last page does not end the stream.", _COPY_AGAIN)
+            raise UserError(f"{name}: truncated: its last page does not end the stream.", _COPY_AGAIN)
     if len(content) < 0.99 * declared:
-        raise UserError(f"{name}: cut short: {len(content):,} of {declared:,} bytes.", _COPY_AGAIN)
+        raise UserError(f"{name}: truncated: {len(content):,} of {declared:,} bytes.", _COPY_AGAIN)

@@ -25,13 +25,13 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """The token streams of a model. Stream 0 is text, then audio, the model's own channel first.
+    """Token streams of a model. Stream 0 is text, then audio, the model's own channel first.
 
     Attributes:
         delays: frames by which the model shifts each stream, one per stream, `[K]`.
         num_predicted_codebooks: codebooks of the model's own channel, which it predicts: streams 1 to this number.
         num_user_codebooks: codebooks of the user's channel, an input only: the streams after those.
-        text_padding_id: text token of a frame without part of a word.
+        text_padding_id: text token of a frame without a word.
         end_of_text_padding_id: text token of the frame before a word begins.
         text_card: number of text tokens.
         card: number of codes of a codebook.
@@ -47,7 +47,7 @@ class Layout:
 
     @property
     def num_streams(self) -> int:
-        """K: text and the audio streams of both channels."""
+        """K: the text stream and the audio streams of both channels."""
         return 1 + self.num_predicted_codebooks + self.num_user_codebooks
 
     @property
@@ -57,13 +57,13 @@ class Layout:
 
     @property
     def max_delay(self) -> int:
-        """Frames of `NO_TOKEN` that a window must end with so that no stream loses a target to its delay."""
+        """Frames of `NO_TOKEN` at the end of a window that keep all targets in spite of the delays."""
         return max(self.delays)
 
 
 @dataclass(frozen=True)
 class Window:
-    """One conversation laid out as token streams: a training example.
+    """A training example: the token streams of one conversation.
 
     Attributes:
         id: the row it comes from.
@@ -82,7 +82,7 @@ class TokenNLL:
 
     Attributes:
         nll: `[B, K, T]`, nats, float32; 0 where `mask` is false.
-        mask: `[B, K, T]`, true where the model predicts a token that is there.
+        mask: `[B, K, T]`, true where the model predicts an existing token.
     """
 
     nll: torch.Tensor
@@ -131,7 +131,7 @@ class Codec(Protocol):
     def device(self) -> torch.device: ...
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Encode conversations, float32 `[2, S]` each, to int16 `[2, Q, T]` each, every channel by itself."""
+        """Encode conversations, float32 `[2, S]` each, to int16 `[2, Q, T]` each, one channel at a time."""
         ...
 
 
@@ -148,8 +148,8 @@ class RuntimeAdapter:
     """An adapter in the family's own format, whose strength an engine sets while it generates.
 
     Attributes:
-        name: what to call it in messages.
-        weights: its file.
+        name: in messages.
+        weights: file.
         rank: of its matrices.
         scaling: of their product at strength 1.
     """
@@ -162,13 +162,13 @@ class RuntimeAdapter:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a model generates in one frame.
+    """One generated frame.
 
     Attributes:
-        text_token: of the text stream; one of `Engine.padding_ids` in a frame without part of a word.
+        text_token: of the text stream; one of `Engine.padding_ids` in a frame without a word.
         audio: `[1920]`, float32, 24 kHz.
         codes: `[Q]`, int64, the model's own codebooks.
-        is_forced: the text token was given by `Engine.force_text` instead of sampled.
+        is_forced: the text token is from `Engine.force_text`.
     """
 
     text_token: int
@@ -178,10 +178,10 @@ class Frame:
 
 
 class Engine(Protocol):
-    """Generates conversations, `num_slots` at once, one frame of 80 ms a step. One thread calls it.
+    """Generates conversations in `num_slots` slots, one frame of 80 ms per step. Not thread-safe.
 
     Attributes:
-        padding_ids: tokens of the text stream that are no text.
+        padding_ids: padding tokens of the text stream.
     """
 
     num_slots: int
@@ -192,11 +192,11 @@ class Engine(Protocol):
         ...
 
     def reset(self, slot: int, *, seed: int | None = None) -> None:
-        """Begin a new conversation in a slot; strengths stay. A seed needs an engine with one slot."""
+        """Begin a new conversation in a slot; strengths are kept. A seed needs an engine with one slot."""
         ...
 
     def force_text(self, slot: int, tokens: Sequence[int]) -> None:
-        """Replace what is still queued of forced text: these tokens are written instead of sampled ones."""
+        """Force these text tokens instead of sampled ones; they replace those still queued."""
         ...
 
     def force_words(self, slot: int, words: Sequence[str]) -> None:
@@ -212,7 +212,7 @@ class Engine(Protocol):
         ...
 
     def set_strength(self, slot: int, adapter: int, strength: float) -> None:
-        """Set the strength of an adapter in a slot, from the next step on: 0 is the base, 1 as trained."""
+        """Set the strength of an adapter in a slot, from the next step on: 0 is the base, 1 the trained adapter."""
         ...
 
     def step(self, frames: Mapping[int, np.ndarray]) -> dict[int, Frame]:
@@ -230,9 +230,9 @@ class Family:
 
     Attributes:
         name: of the family.
-        stream_names: groups of targets whose loss is logged by itself.
+        stream_names: groups of targets whose loss is logged separately.
 
-        find_checkpoint: `(name_or_folder, revision=None)`: find the files of a model, downloaded if need be.
+        find_checkpoint: `(name_or_folder, revision=None)`: find the files of a model; downloads missing ones.
         load_lm: `(checkpoint, *, device, dtype, gradient_checkpointing=False)`.
         load_codec: `(checkpoint, device)`.
         load_tokenizer: `(checkpoint)`.
@@ -240,14 +240,14 @@ class Family:
         base_urls: `(name_or_folder, revision=None)`: the URL, `hf://` or `file://`, of a base's weights, and the list
             of those of its other files, as an exported config.json names them; nothing large is downloaded.
 
-        lay_out: `(row, layout, tokenize, *, prefix=None, max_frames=None)`: a row of a codes table as streams.
+        lay_out: `(row, layout, tokenize, *, prefix=None, max_frames=None)`: lay out a row of a codes table as streams.
         stream_masks: `(codes, num_given, layout)`: bool `[G, B, K, T]`, the targets of each of `stream_names`.
         stream_weights: `(config)`: the weight in the loss of a target of each group, `G` numbers.
 
         add_lora: `(model, *, rank, alpha, target_modules, dropout=0.0, seed=0)`: wrap the model in a fresh adapter.
         load_adapter: `(model, folder)`: load an adapter in PEFT's format, adding it if the model has none.
         save_adapter: `(model, folder)`: write the adapter in PEFT's format.
-        adapter_parameters: `(model)`: the weights that train, in a fixed order.
+        adapter_parameters: `(model)`: the trainable weights, in a fixed order.
         adapter_disabled: `(model)`: a context in which the model is its base.
 
         adapter_files: names of the files that `export_adapter` writes.

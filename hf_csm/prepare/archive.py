@@ -144,7 +144,7 @@ def _open_zip(path: str, process_id: int) -> zipfile.ZipFile:
     except zipfile.BadZipFile as error:
         num_bytes = os.path.getsize(path)
         raise UserError(
-            f"{path}: not a zip, or one cut short ({num_bytes:,} bytes; {error}).", "Download it again."
+            f"{path}: not a zip, or a truncated one ({num_bytes:,} bytes; {error}).", "Download it again."
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).", "Check its permissions.") from error

@@ -42,16 +42,16 @@ DEFAULT_NAMES = {
 BASE_KEYS = (*DEFAULT_NAMES, "mimi_config_name")
 """Keys of config.json that name files of the base, which an adapter's config.json names too."""
 LORA_KEYS = ("lora", "lora_name", "lora_rank", "lora_scaling")
-"""What an adapter's config.json has beside the keys of its base."""
+"""Keys of an adapter's config.json that its base does not have."""
 
 
 @dataclass
 class MoshiCheckpoint(loaders.CheckpointInfo):
-    """moshi's `CheckpointInfo`, which also remembers what it was asked for.
+    """moshi's `CheckpointInfo` with the name and revision that were requested.
 
     Attributes:
         name_or_path: Hub repository, or absolute path of the local folder.
-        revision: of the Hub repository, if one was asked for.
+        revision: of the Hub repository, if one was given.
     """
 
     name_or_path: str = ""
@@ -65,12 +65,12 @@ class MoshiCheckpoint(loaders.CheckpointInfo):
 def find_checkpoint(repo_or_folder: str, revision: str | None = None) -> MoshiCheckpoint:
     """Find the files of a checkpoint: on the Hub (downloaded if need be), or in a folder of the same layout.
 
-    Names in config.json mean files of its folder; `hf://user/repo/file` and `file:///path` mean what they say. A
-    repository that is named so is taken at the revision that the adapter was trained on, else at its main branch.
-    Of a training checkpoint, `consolidated/` is taken. A Hub repository without config.json is taken for Moshi 7B.
+    Names in config.json are relative to its folder, or URLs: `hf://user/repo/file`, `file:///path`. A repository in a
+    URL is read at the revision that the adapter was trained on, else at its main branch. Of a training checkpoint,
+    `consolidated/` is used. A Hub repository without config.json has the architecture of Moshi 7B.
 
     Args:
-        revision: of the Hub repository itself; says nothing of others that its config.json names.
+        revision: of the Hub repository itself, not of others that its config.json names.
 
     Raises:
         UserError: a file is missing or unreadable, or a repository cannot be reached.
@@ -225,7 +225,7 @@ def split_adapter(checkpoint: MoshiCheckpoint, name: str) -> tuple[MoshiCheckpoi
     """Return the checkpoint of the base, and the adapter on it; None for a base or merged model.
 
     Args:
-        name: what to call the adapter in messages.
+        name: of the adapter in messages.
 
     Raises:
         UserError: config.json has no rank or scaling.
@@ -260,7 +260,7 @@ def is_same_base(checkpoint: MoshiCheckpoint, other: MoshiCheckpoint) -> bool:
 
 
 def without_lora(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json without moshi's keys of an adapter."""
+    """Return a config.json without moshi's adapter keys."""
     return {key: value for key, value in config.items() if key not in LORA_KEYS}
 
 
@@ -280,7 +280,7 @@ def load_mimi(checkpoint: loaders.CheckpointInfo, device: torch.device | str = "
         mimi = loaders.get_mimi(checkpoint.mimi_weights, checkpoint.mimi_config, device=device)
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{checkpoint.mimi_weights} is damaged or cut short: {error}", "Copy or download it again."
+            f"{checkpoint.mimi_weights} is damaged or truncated: {error}", "Copy or download it again."
         ) from error
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -296,7 +296,7 @@ def load_mimi(checkpoint: loaders.CheckpointInfo, device: torch.device | str = "
 def codec_sha256(checkpoint: loaders.CheckpointInfo) -> str:
     """Return a hash that two checkpoints share if and only if their Mimis give the same codes.
 
-    It covers the bytes of the weights and the values of the config, whatever its order or spacing.
+    It covers the bytes of the weights and the values of the config; order and spacing do not matter.
     """
     config = checkpoint.mimi_config if checkpoint.mimi_config is not None else loaders._mimi_config
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())

@@ -1,4 +1,4 @@
-"""Waveforms to Mimi codes, each channel by itself, equal to those of the streaming encoder that a server runs."""
+"""Waveforms to Mimi codes, one channel at a time, equal to those of the server's streaming encoder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MimiCodec:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the codec."""
         return next(self.mimi.parameters()).device
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -43,7 +43,7 @@ def load_codec(checkpoint: MoshiCheckpoint, device: torch.device | str = "cpu") 
 def encode_waveforms(mimi: MimiModel, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Encode conversations in one batch.
 
-    Mimi is causal, so what pads the shorter ones to the longest changes none of their codes.
+    Mimi is causal, so padding the shorter ones does not change their codes.
 
     Args:
         mimi: the codec, all codebooks active.
@@ -70,9 +70,9 @@ def encode_waveforms(mimi: MimiModel, waveforms: Sequence[np.ndarray]) -> list[n
 def _encode_as_streamed(mimi: MimiModel, audio: torch.Tensor) -> torch.Tensor:
     """Encode `[B, 1, S]` to codes `[B, Q, T]` as a server does, 80 ms at a time.
 
-    Only the transformer needs the small steps. Its cache holds `context` positions and each step writes two before the
-    first of them looks back, so past 10 s a server's attention spans one position less in every other place than it
-    does over the whole window at once. The convolutions around it, nearly all of the work, give the same either way.
+    Only the transformer needs the small steps. Its cache holds `context` positions and each step writes two of them,
+    so beyond 10 s every other position attends to one position less than over the whole window. The convolutions,
+    nearly all of the work, are equal either way.
     """
     latents = mimi.encoder(audio)
     steps_per_frame = latents.shape[-1] * SAMPLES_PER_FRAME // audio.shape[-1]

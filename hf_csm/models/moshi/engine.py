@@ -30,10 +30,10 @@ SAMPLING_NAMES = {"temp": "temperature", "temp_text": "text_temperature", "top_k
 
 
 class Engine:
-    """`num_slots` independent conversations, each at its own pace: the `Engine` of `hf_csm.models.family`.
+    """Independent conversations in `num_slots` slots, the `Engine` of `hf_csm.models.family`.
 
-    Each slot runs the loop that `moshi.server` runs for its one conversation: with one slot, the same weights, seed
-    and audio, the tokens are equal bit for bit. Not thread-safe.
+    Each slot runs the loop of `moshi.server`: with one slot and the same weights, seed and audio, the tokens are equal
+    bit for bit. Not thread-safe.
 
     Attributes:
         padding_ids: tokens of the text stream that are no text.
@@ -53,14 +53,14 @@ class Engine:
         top_k: int = 250,
         text_top_k: int = 25,
     ):
-        """Start streaming; the two models are the engine's until `close`.
+        """Start streaming; the models must not be used elsewhere until `close`.
 
         Args:
             lm: in eval mode, without PEFT layers.
-            mimi: gets as many codebooks as `lm` has.
+            mimi: its number of codebooks is set to that of `lm`.
             strengths: of `add_adapters`, with the same number of slots.
             tokenizer: of the text stream; needed for words only.
-            temperature: of the audio; `top_k` too.
+            temperature: of the audio, like `top_k`.
         """
         assert num_slots > 0, num_slots
         self.lm, self.mimi, self.num_slots = lm, mimi, num_slots
@@ -68,7 +68,7 @@ class Engine:
         self._strengths, self._tokenizer = strengths, tokenizer
         self._scripts: dict[int, Script] = {}
         self._device = lm.device
-        # Each thread has a current device of its own, 0 at first, and CUDA graphs are captured on it; -1 is none.
+        # The current device is per thread, initially 0, and CUDA graphs are captured on it; -1 is none.
         self._cuda_index = -1 if self._device.index is None else self._device.index
         mimi.set_num_codebooks(max(lm.dep_q, lm.n_q - lm.dep_q))
         self._generator = LMGen(
@@ -93,7 +93,7 @@ class Engine:
         self._stepping: list[int] = []
         self._was_forced: list[deque[bool]] = [
             deque() for _ in range(num_slots)
-        ]  # of the frames that delays still hold back
+        ]  # of frames that are not returned yet, because of delays
         self._pcm = torch.zeros(num_slots, 1, SAMPLES_PER_FRAME)
 
     def warm_up(self) -> None:
@@ -105,10 +105,10 @@ class Engine:
             self.reset(slot)
 
     def reset(self, slot: int, *, seed: int | None = None) -> None:
-        """Begin a new conversation in this slot; strengths stay as they are.
+        """Begin a new conversation in this slot; strengths are kept.
 
         Args:
-            seed: makes what is sampled repeatable. The slots share one random state, so only where there is one.
+            seed: for reproducible sampling. Slots share one random state, so a seed needs an engine with one slot.
 
         Raises:
             ValueError: a seed, and several slots.
@@ -128,10 +128,10 @@ class Engine:
         self._scripts.pop(slot, None)
 
     def force_text(self, slot: int, tokens: Sequence[int]) -> None:
-        """Write these tokens over the sampled text tokens, one a step; they replace those still queued.
+        """Force these text tokens instead of sampled ones, one per step; they replace those still queued.
 
-        In a new conversation the first one stands in the first frame, as the prefix does in training. Tokens that
-        were written before stay in the stream. An empty sequence clears the queue.
+        In a new conversation the first one is in the first frame, as the prefix in training. An empty sequence clears
+        the queue.
         """
         self._forced[slot] = deque(tokens)
 
@@ -164,8 +164,8 @@ class Engine:
     def step(self, frames: Mapping[int, np.ndarray]) -> dict[int, Frame]:
         """Feed the user's next frame to each named slot and return the frames generated; other slots do not advance.
 
-        A slot's first frame after `reset` only starts the model, and Mimi is reset after it, as in `moshi.server`.
-        Delays hold the output back: the first `max(delays)` steps return no frame.
+        The first frame of a slot only initializes the model, and Mimi is reset after it, as in `moshi.server`.
+        The first `max(delays)` steps return no frame.
 
         Args:
             frames: the user's audio by slot, `[1920]`, float32, 24 kHz.
@@ -211,7 +211,7 @@ class Engine:
         }
 
     def close(self) -> None:
-        """End streaming; the models are free again."""
+        """End streaming."""
         for context in reversed(self._contexts):
             context.close()
 
@@ -226,7 +226,7 @@ class Engine:
         return torch.tensor([slot in slots for slot in range(self.num_slots)], device=self._device)
 
     def _restarted(self) -> None:
-        # moshi sets a slot that starts anew running.
+        # moshi sets the execution mask of a slot that is reset.
         for part in (self._encoder, self._decoder, self._talker):
             part.forget()
 
@@ -271,7 +271,7 @@ def open_engine(
 
 
 class _Running:
-    """Which slots of some streaming modules run. All their states read one mask, so that one write reaches them."""
+    """Execution mask of some streaming modules: which slots run. All their states share one tensor."""
 
     def __init__(self, states: Iterable[State], num_slots: int):
         states = list(states)
@@ -282,13 +282,13 @@ class _Running:
         self._slots: list[int] | None = list(range(num_slots))
 
     def only(self, slots: list[int]) -> None:
-        """Let these slots run and the others stand still."""
+        """Run these slots only."""
         if slots != self._slots:
             self._mask.copy_(torch.tensor([slot in slots for slot in range(self._num_slots)]))
             self._slots = slots
 
     def forget(self) -> None:
-        """Write the mask again before the next step."""
+        """Write the mask again at the next step."""
         self._slots = None
 
 

@@ -26,8 +26,8 @@ STREAM_NAMES = ("text_words", "text_padding", "codebook_0", "codebooks_rest")
 def text_stream(words: Sequence[Word], num_frames: Frames, tokenize: Tokenize, layout: Layout) -> np.ndarray:
     """Return Moshi's inner monologue `[T]`: each word's tokens from the frame it begins in, padding elsewhere.
 
-    The frame before a word begins says so with the end-of-padding token. A word whose predecessor still has tokens
-    left waits for them, so no token is ever lost; `[4, 3, 0, 7, 8]` is one token at 0 s, two at 0.24 s.
+    The frame before a word has the end-of-padding token. A word begins after the last token of its predecessor, so no
+    token is lost; `[4, 3, 0, 7, 8]` is one token at 0 s, two at 0.24 s.
 
     Args:
         words: words with `start_s` in seconds from the first frame, in order of time.
@@ -58,8 +58,8 @@ def lay_out(
 
     Args:
         row: a window row; `codes` is `[2, Q, T]`.
-        prefix: text given in the first frames of the text stream, while both channels are still quiet.
-        max_frames: cut the window here.
+        prefix: text given in the first frames of the text stream, while both channels are quiet.
+        max_frames: truncate the window to this length.
 
     Raises:
         UserError: the codes have too few codebooks, or the prefix does not fit before the first turn.

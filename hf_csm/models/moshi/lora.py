@@ -1,4 +1,4 @@
-"""LoRA on Moshi with PEFT: which layers to adapt, and save and load the adapter."""
+"""LoRA on Moshi with PEFT: choose the layers to adapt, save and load the adapter."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ NATIVE_NAMES = {
     "up_proj": "linear_in",
     "down_proj": "linear_out",
 }
-"""The common names of projections, and the layers that hold them in Moshi's temporal and depth transformers."""
+"""Layers of Moshi's temporal and depth transformers, by the common names of projections."""
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 PAIR = {"linear_in", "linear_out"}
 
 
 def target_pattern(names: str | Sequence[str], lm: LMModel) -> str:
-    """Return the regular expression, for PEFT, that matches the linear layers of `lm` meant by `names`.
+    """Return the regular expression, for PEFT, that matches the linear layers of `lm` with these names.
 
     Args:
         names: any of the keys of `NATIVE_NAMES`, of Moshi's own names (`in_projs`, `out_projs`, `linear_in`,
@@ -79,7 +79,7 @@ def target_pattern(names: str | Sequence[str], lm: LMModel) -> str:
         if given and len(given) < len(parts) and NATIVE_NAMES[parts[0]] not in names:
             warnings.warn(
                 f"Moshi keeps {', '.join(parts)} in one matrix, {NATIVE_NAMES[parts[0]]}: "
-                f"asking for {', '.join(given)} adapts them all.",
+                f"{', '.join(given)} adapts them all.",
                 stacklevel=2,
             )
     return _regex([path for path in paths if _own_name(path) in chosen])
@@ -95,7 +95,7 @@ def _own_name(path: str) -> str:
 
 
 def _regex(paths: Sequence[str]) -> str:
-    # One pattern stands for all layers and steps, which keeps adapter_config.json readable.
+    # One pattern for all layers and steps keeps adapter_config.json readable.
     return "|".join(sorted({re.sub(r"\\\.\d+", r"\\.\\d+", re.escape(path)) for path in paths}))
 
 
@@ -110,12 +110,12 @@ def add_lora(
 ) -> MoshiLM:
     """Wrap the language model of `model` in a fresh adapter, in place, and return `model`.
 
-    The adapter is float32 whatever the base is, and the only thing that requires gradients. It starts as the identity.
+    The adapter is float32 for any base, and only it requires gradients. Initially it changes nothing.
 
     Args:
         alpha: the adapter's output is scaled by `alpha / rank`.
         target_modules: see `target_pattern`.
-        seed: of the adapter's weights; the caller's random state is left as it was.
+        seed: of the adapter's weights; the caller's random state is unchanged.
 
     Raises:
         UserError: see `target_pattern`; dropout together with gradient checkpointing.
@@ -123,10 +123,10 @@ def add_lora(
     lm = native_lm(model)
     assert not has_adapter(model), "the model has an adapter already"
     if dropout > 0 and any(part.checkpointing for part in _transformers(lm)):
-        # moshi's checkpointing runs layers again without restoring the random state, so the second run would drop
-        # other entries than the first and the gradients would be wrong.
+        # moshi's checkpointing recomputes layers without restoring the random state, so dropout would differ between
+        # forward and backward pass and the gradients would be wrong.
         raise UserError(
-            f"lora.dropout {dropout} does not go with gradient checkpointing in Moshi.",
+            f"lora.dropout {dropout} cannot be combined with gradient checkpointing in Moshi.",
             "Set dropout to 0, or advanced.gradient_checkpointing to false.",
         )
     return _wrap(model, rank, alpha, target_pattern(target_modules, lm), dropout, seed)
@@ -149,7 +149,7 @@ def _wrap(model: MoshiLM, rank: int, alpha: float, pattern: str, dropout: float,
 
 
 def has_adapter(model: MoshiLM) -> bool:
-    """Say whether `add_lora` or `load_adapter` has wrapped the language model."""
+    """Return whether the language model has an adapter."""
     return isinstance(model.lm, peft.PeftModel)
 
 
@@ -166,7 +166,7 @@ def lora_config(model: MoshiLM) -> peft.LoraConfig:
 
 @contextlib.contextmanager
 def adapter_disabled(model: MoshiLM) -> Iterator[None]:
-    """Within this context `model` is its base model, to the bit."""
+    """Context in which `model` equals its base model, bit for bit."""
     assert isinstance(model.lm, peft.PeftModel), "the model has no adapter"
     with model.lm.disable_adapter():
         yield
@@ -194,7 +194,7 @@ def save_adapter(model: MoshiLM, folder: Path) -> None:
 
 
 def load_adapter(model: MoshiLM, folder: Path) -> MoshiLM:
-    """Load the adapter in `folder` into `model`, adding one of its shape if `model` has none; return `model`.
+    """Load the adapter in `folder` into `model`, adding one of the same shape if `model` has none; return `model`.
 
     Raises:
         UserError: a file is missing or damaged, or the adapter has another rank or other layers than that of `model`.
@@ -251,7 +251,7 @@ def read_adapter(folder: Path) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]
         weights = load_file(folder / ADAPTER_WEIGHTS_NAME)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise UserError(
-            f"The adapter in {folder} is damaged or cut short: {error}", "Use an earlier checkpoint."
+            f"The adapter in {folder} is damaged or truncated: {error}", "Use an earlier checkpoint."
         ) from error
     if not isinstance(config, peft.LoraConfig) or config.rank_pattern or config.alpha_pattern or config.use_rslora:
         raise UserError(

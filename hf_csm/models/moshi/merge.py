@@ -124,7 +124,7 @@ def read_header(path: Path) -> tuple[bytes, list[StoredTensor]]:
             length = file.read(8)
             text = file.read(int.from_bytes(length, "little"))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short: {error}", "Copy or download it again.") from error
+        raise UserError(f"{path} is damaged or truncated: {error}", "Copy or download it again.") from error
     start = len(length) + len(text)
     tensors = [
         StoredTensor(

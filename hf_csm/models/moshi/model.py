@@ -1,4 +1,4 @@
-"""Moshi's language model, moshi's own `LMModel`: load it, and score windows of codes with it."""
+"""Load Moshi's language model, moshi's `LMModel`, and score windows of codes with it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class MoshiLM(SpeechLM):
     """Moshi as a `SpeechLM`: scores windows of codes, teacher forced.
 
     Attributes:
-        lm: moshi's `LMModel`, or PEFT's wrapping of it.
+        lm: moshi's `LMModel`, or PEFT's wrapper of it.
         layout: its streams, for the data.
     """
 
     def __init__(self, lm: LMModel, name_or_path: str = "", revision: str | None = None):
         super().__init__()
-        # What adapter_config.json will name as the adapter's base model.
+        # PEFT writes these to adapter_config.json as the base model.
         lm.name_or_path = name_or_path or None
         lm.revision = revision
         self.lm: torch.nn.Module = lm
@@ -35,8 +35,8 @@ class MoshiLM(SpeechLM):
     def forward(self, codes: torch.Tensor) -> TokenNLL:
         """Return the negative log likelihood of each token that Moshi predicts, given all tokens before it.
 
-        A token is predicted from the frames before its own, and in its frame from text first and then the codebooks in
-        their order, each stream shifted by its delay. A stream's last `delay` frames are not scored: end windows with
+        A token is predicted from the earlier frames, and within its frame from text and then the codebooks in order,
+        each stream shifted by its delay. A stream's last `delay` frames are not scored: end windows with
         `layout.max_delay` frames of `-1`.
 
         Args:
@@ -69,15 +69,15 @@ class MoshiLM(SpeechLM):
 def masked_nll(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the negative log likelihood of `targets`, `[B, K, T]` in float32, 0 where `mask` is false.
 
-    Logits outside the mask may be NaN (moshi fills in NaN where a delay leaves no context): neither the value nor the
-    gradient of the others is touched by them.
+    Logits outside the mask may be NaN (moshi fills in NaN where a delay leaves no context): values
+    and gradients of the other tokens are not affected.
 
     Args:
         logits: `[B, K, T, V]`.
         targets: `[B, K, T]`; any value where `mask` is false.
         mask: `[B, K, T]`.
     """
-    # One stream at a time, so that only one is held in float32 with its softmax.
+    # One stream at a time, so that only one is in float32 with its softmax.
     streams = []
     for k in range(targets.shape[1]):
         inside = mask[:, k]
@@ -130,7 +130,7 @@ def load_moshi(
         )
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{checkpoint.moshi_weights} is damaged or cut short: {error}", "Copy or download it again."
+            f"{checkpoint.moshi_weights} is damaged or truncated: {error}", "Copy or download it again."
         ) from error
     except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):

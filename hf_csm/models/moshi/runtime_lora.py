@@ -1,4 +1,4 @@
-"""LoRA adapters whose strength is set while Moshi speaks, for each conversation of a batch by itself."""
+"""LoRA adapters with a run-time scale, the strength, separate for each slot of a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOW, HIGH = ".lora_A.weight", ".lora_B.weight"
 
 
 class Strengths:
-    """How strongly each adapter acts in each slot: 0 as if it were not there, 1 as it was trained; at first 0.
+    """Strength of each adapter in each slot: 0 is the base model, 1 the trained adapter; initially 0.
 
     Attributes:
         scales: `[A, B, 1, 1]`, float32: strength times scaling. Adapted layers read it in every step; it is written in
@@ -38,12 +38,12 @@ class Strengths:
 class SteeredLinear(LoRALinear):
     """A linear layer with adapters, each scaled for each row of the batch.
 
-    It is a `LoRALinear` because moshi asks for that type where it must not read a layer's weight directly. With one
-    adapter at strength 1 it gives to the bit what `LoRALinear` gives, at strength 0 what the base gives.
+    It is a `LoRALinear` because moshi checks for that type where it must not read a layer's weight directly. With one
+    adapter at strength 1 it equals `LoRALinear` bit for bit, at strength 0 the base layer.
     """
 
     def __init__(self, base: torch.nn.Linear, adapters: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
-        """Take the base layer as it is.
+        """Wrap the base layer without a copy.
 
         Args:
             adapters: of each that acts on this layer the scale, `[B, 1, 1]`, A and B, these in the dtype of the base.
@@ -54,7 +54,7 @@ class SteeredLinear(LoRALinear):
 
     @property
     def lora_A(self) -> torch.nn.Linear:  # noqa: N802
-        """What moshi asks for device and dtype."""
+        """Layer from which moshi reads device and dtype."""
         return self.frozen_W
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

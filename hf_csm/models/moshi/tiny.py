@@ -1,7 +1,7 @@
-"""A Moshi of a few hundred thousand weights, with its Mimi and tokenizer, in the layout of the official repositories.
+"""A tiny Moshi with Mimi and tokenizer, a few hundred thousand weights, in the official file layout.
 
-Everything that takes a base model takes this folder, so the whole way runs on a laptop in seconds. The weights are
-random; only the codec is fitted a little, so that different sounds have different codes.
+It is accepted wherever a base model is, so the whole workflow runs on a laptop in seconds. The weights are random;
+only the codec is fitted, so that different sounds have different codes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TOKENIZER_TEXT = (
     "hello how are you doing today",
     "yes no please thank you and good bye",
 )
-"""What the tokenizer learns its words from: the statements of RAVDESS and CREMA-D, and small talk."""
+"""Training text of the tokenizer: the sentences of RAVDESS and CREMA-D, and small talk."""
 
 
 def write_tiny_moshi(
@@ -65,9 +65,9 @@ def write_tiny_moshi(
     context: int = 3000,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Write the checkpoint to `folder`, replacing what is there, and return `folder`.
+    """Write the checkpoint to `folder`, replacing its content, and return `folder`.
 
-    The same arguments give the same weights. The caller's random state is left as it was.
+    The same arguments give the same weights. The caller's random state is unchanged.
 
     Args:
         card: number of codes of a codebook, in Mimi and in the language model.
@@ -122,7 +122,7 @@ def tiny_config(
     text_card: int,
     context: int,
 ) -> dict[str, Any]:
-    """Return the `config.json` of a small model that is built like Moshi 7B in everything but size."""
+    """Return the `config.json` of a small model with the architecture of Moshi 7B."""
     return {
         "model_type": "moshi",
         "moshi_name": MOSHI_NAME,
@@ -169,8 +169,8 @@ def lm_arguments(config: dict[str, Any]) -> dict[str, Any]:
 def tiny_mimi_config(*, card: int, num_codebooks: int) -> dict[str, Any]:
     """Return the config of a Mimi with the true rates and few channels: 1,920 samples of 24 kHz a frame.
 
-    Its context is the true one as well, 10 s. Past it, encoding in one piece and frame by frame differ a little, here
-    as in the real codec: a step of streaming writes two positions, so the first of them loses the oldest one.
+    The context is also that of Mimi, 10 s. Beyond it, codes of the whole window and of streaming differ slightly, as
+    in Mimi: a streaming step writes two positions, so the first of them loses the oldest position.
     """
     dimension = 32
     return {
@@ -224,7 +224,7 @@ def tiny_mimi_config(*, card: int, num_codebooks: int) -> dict[str, Any]:
 def write_tiny_tokenizer(path: Path) -> int:
     """Train a SentencePiece model on `TOKENIZER_TEXT` and the emotion names; return its number of tokens.
 
-    Bytes stand in for what it has not seen, because the unknown token is Moshi's end of padding.
+    Unseen characters become bytes, because the unknown token is Moshi's end of padding.
     """
     names = " ".join(EMOTIONS)
     model = io.BytesIO()
@@ -248,9 +248,9 @@ def write_tiny_tokenizer(path: Path) -> int:
 
 
 def _fit_codec(mimi: MimiModel, duration_s: float = 160.0) -> None:
-    """Spread the codebooks over the latents of varied sounds; bring latents to unit scale, the decoder to speech's."""
+    """Fit the codebooks to the latents of varied sounds; scale latents to 1 and the decoder to the level of speech."""
     for name, weight in mimi.encoder.named_parameters():
-        if name.endswith("bias"):  # a constant that outweighs the sound hides it
+        if name.endswith("bias"):  # a constant offset would dominate the latents
             weight.zero_()
     audio = _varied_audio(duration_s)
     mimi.encoder.model[-1].conv.conv.weight.div_(mimi.encoder(audio).std())
@@ -268,7 +268,7 @@ def _fit_codec(mimi: MimiModel, duration_s: float = 160.0) -> None:
 
 
 def _varied_audio(duration_s: float, num_clips: int = 16) -> torch.Tensor:
-    """Return `[num_clips, 1, S]`: buzzes of drifting pitch, colour and loudness, breath noise and near silence."""
+    """Return `[num_clips, 1, S]`: buzzes of drifting pitch, timbre and loudness, breath noise and near silence."""
     num_samples = round(duration_s * FRAME_RATE / num_clips) * SAMPLES_PER_FRAME
     time_s = torch.arange(num_samples) / SAMPLE_RATE
     clips = []
@@ -284,10 +284,10 @@ def _varied_audio(duration_s: float, num_clips: int = 16) -> torch.Tensor:
 
 
 def _whiten(quantizer: Any, latents: torch.Tensor) -> None:
-    """Point the projection of `quantizer` along the directions in which `latents [N, D]` differ most, evenly scaled.
+    """Set the projection of `quantizer` to the principal components of `latents [N, D]`, whitened.
 
-    The projection has no bias, so it leaves out the direction of the mean: a large common part would cost the nearest
-    code its precision, and the same sound encoded in one piece or by frames would not have the same codes.
+    The projection has no bias, so the direction of the mean is removed: a large common part would reduce the precision
+    of the nearest code, and the codes of a whole window and of streaming would differ.
     """
     mean = latents.mean(0)
     mean = mean / mean.norm()

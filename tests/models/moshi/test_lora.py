@@ -205,7 +205,7 @@ def test_a_missing_or_truncated_file_is_refused(base, tmp_path, name, damage):
     path.unlink()
     if damage == "truncated":
         path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=name if damage == "missing" else "damaged or cut short") as error:
+    with pytest.raises(UserError, match=name if damage == "missing" else "damaged or truncated") as error:
         load_adapter(copy.deepcopy(base), tmp_path)
     assert len(str(error.value).splitlines()) == 2
 

@@ -184,7 +184,7 @@ def test_an_adapter_of_another_base_is_named_with_layer_shape_and_rank(model, ba
 def test_a_base_that_is_cut_short_is_an_error(model, base, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(base.moshi_weights.read_bytes()[:-10])
     save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(UserError, match="damaged or cut short"):
+    with pytest.raises(UserError, match="damaged or truncated"):
         merge_adapter(tmp_path / "adapter", replace(base, moshi_weights=tmp_path / "cut.safetensors"), tmp_path)
 
 
