@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from aiohttp import WSCloseCode
 
 from hf_csm.cli import build_parser
 from hf_csm.commands.data import corpus_options
@@ -18,6 +19,7 @@ from hf_csm.config_parser import GUIDE_KEYS, parse_run_config
 from hf_csm.corpora import all_builders
 from hf_csm.prepare.builder import config_options
 from hf_csm.prepare.run import prepare
+from hf_csm.serving.server.limits import Limits
 from hf_csm.testing.ravdess import write_ravdess
 
 
@@ -176,6 +178,29 @@ def test_yaml_and_json_blocks_are_valid(page, tmp_path):
 def test_every_command_is_documented():
     text = "\n".join(page.read_text(encoding="utf-8") for page in MANUAL)
     assert [name for name in subcommands() if f"hf-csm {name}" not in text] == []
+
+
+def test_the_documented_server_is_the_server():
+    """Paths, close codes and limits in docs/serving.md."""
+    text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    server = ROOT / "hf_csm/serving/server"
+    paths, codes = (text.split(title)[1].split("\n\n")[1] for title in ("## HTTP", "Close codes:"))
+    routes = re.findall(r'add_get\("([^"{]+)', (server / "app.py").read_text(encoding="utf-8"))
+    assert sorted(re.findall(r"^\| `(/\S*)` \|", paths, re.MULTILINE)) == sorted(routes)
+    names = set(re.findall(r"WSCloseCode\.(\w+)", (server / "session.py").read_text(encoding="utf-8"))) - {"OK"}
+    assert {int(code) for code in re.findall(r"\b1\d{3}\b", codes)} == {WSCloseCode[name] for name in names}
+    limits = Limits()
+    for sentence in (
+        f"{limits.max_message_bytes // 1024} KB per message and {limits.max_control_bytes:,} characters per JSON",
+        f"{limits.messages_per_s:g} messages per second without audio ({limits.messages_burst:,} in a burst)",
+        f"{limits.max_backlog_s:g} s of received audio",
+        f"{limits.max_unsent_s:g} s of sent audio",
+        f"{limits.idle_s:g} s without audio",
+        f"{limits.heartbeat_s / 2:g} s to answer a ping, which follows {limits.heartbeat_s:g} s without a message",
+        f"{limits.max_connections} connections",
+        f"longest conversation, {limits.max_conversation_s / 60:g} by default",
+    ):
+        assert sentence in " ".join(text.split()), sentence
 
 
 def test_readme_is_a_landing_page():
