@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import parse_qs, parse_qsl, unquote
 
 import yaml
+from huggingface_hub import HfApi, snapshot_download
 
 
 MAIN = "main"
@@ -641,3 +642,29 @@ class _Handler(BaseHTTPRequestHandler):
         headers |= {"Location": self.object_url(kind, repo_id, found.sha256)}
         headers |= {"X-Linked-Etag": f'"{found.sha256}"', "X-Linked-Size": str(found.size)}
         self.send(302, {}, headers)
+
+
+# The content of repositories, through the real client
+
+
+def remote_files(repo_id, revision=None):
+    return set(HfApi().list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+
+
+def remote_oids(repo_id):
+    """Return the hash of each file of a model repository."""
+    tree = HfApi().list_repo_tree(repo_id, recursive=True)
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree}
+
+
+def snapshot(repo_id, revision=None):
+    return Path(snapshot_download(repo_id, revision=revision))
+
+
+def remote_json(repo_id, name, revision=None):
+    return json.loads((snapshot(repo_id, revision) / name).read_text())
+
+
+def puts(hub):
+    """Return the uploads of large files."""
+    return [request for request in hub.requests if request.startswith("PUT /lfs/")]

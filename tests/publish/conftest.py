@@ -2,7 +2,6 @@ import dataclasses
 import shutil
 
 import pytest
-import torch
 from huggingface_hub import HfApi
 from huggingface_hub.utils import http_backoff
 
@@ -11,9 +10,9 @@ from hf_csm.config_parser import dump_run_config
 from hf_csm.mixture.provenance import CorpusTerms, write_corpora
 from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.models.moshi.export import export_adapter
-from hf_csm.models.moshi.lora import adapter_parameters, add_lora, save_adapter
-from hf_csm.models.moshi.model import load_moshi
+from hf_csm.models.moshi.lora import save_adapter
 from tests.doubles.hub import LocalHub
+from tests.doubles.random_adapter import random_adapter
 
 
 BASE = "kyutai/tiny"
@@ -45,10 +44,7 @@ def write_run(folder, tiny_moshi, base=BASE):
     found = find_checkpoint(str(tiny_moshi))
     found = dataclasses.replace(found, name_or_path=str(tiny_moshi) if base is None else base)
     for step in (5, 10):
-        model = load_moshi(found, dtype=torch.float32)
-        add_lora(model, rank=4, alpha=6, target_modules="all-linear", seed=step)
-        for number, weight in enumerate(adapter_parameters(model)):
-            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(step + number))
+        model = random_adapter(found, seed=step)
         checkpoint = folder / f"checkpoint_{step:06d}"
         save_adapter(model, checkpoint / "adapter")
         export_adapter(model, found, checkpoint / "consolidated")

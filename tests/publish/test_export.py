@@ -11,14 +11,12 @@ from hf_csm.errors import UserError
 from hf_csm.mixture.provenance import read_corpora
 from hf_csm.models.emotion_control import EmotionControl, read_emotion_control
 from hf_csm.models.moshi.checkpoint import find_checkpoint
-from hf_csm.models.moshi.lora import adapter_parameters, add_lora, load_adapter, save_adapter
+from hf_csm.models.moshi.lora import adapter_parameters, load_adapter, save_adapter
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.verify import verify_export
 from hf_csm.publish.export import export_checkpoint
 from hf_csm.publish.push_model import push_model
-
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from tests.doubles.random_adapter import PROJECTIONS, random_adapter
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +24,9 @@ def base(tiny_moshi):
     return find_checkpoint(str(tiny_moshi))
 
 
-def trained(base, names=PROJECTIONS, dtype=torch.float32):
-    model = add_lora(load_moshi(base, dtype=dtype), rank=4, alpha=6, target_modules=names)
-    for number, weight in enumerate(adapter_parameters(model)):
-        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model(base):
-    return trained(base)
+    return random_adapter(base, names=PROJECTIONS)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from hf_csm.models.moshi.lora import load_adapter, read_adapter
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.publish.export import export_checkpoint
 from hf_csm.publish.push_model import push_model, staging_folder
+from tests.doubles.hub import puts, remote_files, remote_json, remote_oids, snapshot
 
 
 BASE = "kyutai/tiny"
@@ -32,30 +33,9 @@ BESIDE = {"README.md", "LICENSE.md", "config.json", "config.yaml", "corpora.json
 }
 
 
-def remote_files(repo_id, revision=None):
-    return set(HfApi().list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
-
-
-def remote_oids(repo_id):
-    tree = HfApi().list_repo_tree(repo_id, recursive=True)
-    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree}
-
-
-def remote_json(repo_id, name, revision=None):
-    return json.loads((snapshot(repo_id, revision) / name).read_text())
-
-
-def snapshot(repo_id, revision=None):
-    return Path(snapshot_download(repo_id, revision=revision))
-
-
 def write_metrics(run):
     lines = [*({"step": step, "loss": 5.0 - step / 100} for step in range(1, 11)), {"step": 10, "eval_loss": 4.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def puts(hub):
-    return [request for request in hub.requests if request.startswith("PUT /lfs/")]
 
 
 def leftovers(run):

@@ -51,10 +51,6 @@ def local_files(table):
     return {path.relative_to(table).as_posix() for path in table_files(table)}
 
 
-def puts(hub):
-    return [request for request in hub.requests if request.startswith("PUT /lfs/")]
-
-
 def test_a_table_is_published_with_card_and_plots_and_nothing_else(hub, prepared, table):
     assert push_table(table, "user/ravdess") == f"{hub.endpoint}/datasets/user/ravdess"
     assert remote_files("user/ravdess") == local_files(table)

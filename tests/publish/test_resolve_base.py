@@ -1,23 +1,15 @@
 import json
-from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 
 from hf_csm.errors import UserError
 from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.publish.push_model import push_model
+from tests.doubles.hub import remote_json
 
 
 BASE = "kyutai/tiny"
-
-
-def remote_json(repo_id, name, revision=None):
-    return json.loads((snapshot(repo_id, revision) / name).read_text())
-
-
-def snapshot(repo_id, revision=None):
-    return Path(snapshot_download(repo_id, revision=revision))
 
 
 def test_a_local_base_needs_base_model(hub, base_on_hub, local_run):

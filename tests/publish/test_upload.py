@@ -5,40 +5,23 @@ import signal
 import time
 import traceback
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from huggingface_hub.utils import reset_sessions
 
 from hf_csm import cli
 from hf_csm.errors import UserError
 from hf_csm.publish.push_model import push_model
+from tests.doubles.hub import puts, remote_files, remote_oids, snapshot
 
 
 BASE = "kyutai/tiny"
 
 
-def remote_files(repo_id, revision=None):
-    return set(HfApi().list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
-
-
-def remote_oids(repo_id):
-    tree = HfApi().list_repo_tree(repo_id, recursive=True)
-    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree}
-
-
-def snapshot(repo_id, revision=None):
-    return Path(snapshot_download(repo_id, revision=revision))
-
-
 def write_metrics(run):
     lines = [*({"step": step, "loss": 5.0 - step / 100} for step in range(1, 11)), {"step": 10, "eval_loss": 4.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def puts(hub):
-    return [request for request in hub.requests if request.startswith("PUT /lfs/")]
 
 
 def leftovers(run):

@@ -10,9 +10,9 @@ from hf_csm.errors import UserError
 from hf_csm.models.emotion_control import EmotionControl, write_emotion_control
 from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.models.moshi.export import export_adapter
-from hf_csm.models.moshi.lora import adapter_parameters, add_lora, save_adapter
-from hf_csm.models.moshi.model import load_moshi
+from hf_csm.models.moshi.lora import save_adapter
 from hf_csm.publish.export import export_checkpoint
+from tests.doubles.random_adapter import random_adapter
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -21,11 +21,7 @@ from generate_samples import generate_samples, main  # noqa: E402
 
 @pytest.fixture(scope="module")
 def trained(tiny_moshi):
-    model = add_lora(
-        load_moshi(find_checkpoint(str(tiny_moshi)), dtype=torch.float32), rank=2, alpha=4, target_modules="all-linear"
-    )
-    for number, weight in enumerate(adapter_parameters(model)):
-        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
+    model = random_adapter(find_checkpoint(str(tiny_moshi)), rank=2, alpha=4)
     return model
 
 

@@ -1,21 +1,17 @@
 import shutil
 
 import pytest
-import torch
 
 from hf_csm.models.emotion_control import EmotionControl, write_emotion_control
 from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.models.moshi.export import export_adapter
-from hf_csm.models.moshi.lora import adapter_parameters, add_lora
-from hf_csm.models.moshi.model import load_moshi
+from tests.doubles.random_adapter import random_adapter
 
 
 def _write_adapter(base_folder, out, control, *, seed=0, rank=4, std=0.2):
     """Export an adapter with random weights."""
     base = find_checkpoint(str(base_folder))
-    model = add_lora(load_moshi(base, dtype=torch.float32), rank=rank, alpha=2 * rank, target_modules="all-linear")
-    for number, weight in enumerate(adapter_parameters(model)):
-        torch.nn.init.normal_(weight, std=std, generator=torch.Generator().manual_seed(1000 * seed + number))
+    model = random_adapter(base, rank=rank, alpha=2 * rank, std=std, seed=1000 * seed)
     export_adapter(model, base, out)
     write_emotion_control(control, out)
     return out

@@ -13,6 +13,7 @@ from hf_csm.models.moshi.checkpoint import base_urls, codec_sha256, find_checkpo
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi, masked_nll
 from tests.doubles.hub import LocalHub
+from tests.doubles.random_adapter import randomize
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +142,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_an_adapter_on_a_froz
         model = load_moshi(checkpoint, dtype=torch.float32, gradient_checkpointing=gradient_checkpointing)
         add_lora(model, rank=2, alpha=4, target_modules="all-linear")
         model.train()
-        for number, weight in enumerate(adapter_parameters(model)):
-            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(number))
+        randomize(model, std=0.05)
         model(random_codes(model.layout)).nll.mean().backward()
         gradients.append([weight.grad for weight in adapter_parameters(model)])
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])

@@ -16,14 +16,12 @@ from hf_csm.models.moshi.export import (
     export_adapter,
     serving_config,
 )
-from hf_csm.models.moshi.lora import adapter_parameters, add_lora, linear_paths, save_adapter
+from hf_csm.models.moshi.lora import linear_paths, save_adapter
 from hf_csm.models.moshi.merge import merge_adapter
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.verify import verify_export
 from tests.doubles.hub import LocalHub
-
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from tests.doubles.random_adapter import PROJECTIONS, random_adapter
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +29,9 @@ def base(tiny_moshi):
     return find_checkpoint(str(tiny_moshi))
 
 
-def trained(base, names=PROJECTIONS, dtype=torch.float32):
-    model = add_lora(load_moshi(base, dtype=dtype), rank=4, alpha=6, target_modules=names)
-    for number, weight in enumerate(adapter_parameters(model)):
-        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model(base):
-    return trained(base)
+    return random_adapter(base, names=PROJECTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +48,7 @@ def exported(model, base, tmp_path):
 
 @pytest.mark.parametrize("names", [PROJECTIONS, ["out_projs"], "all-linear"])
 def test_what_moshi_loads_is_the_trained_model(base, tmp_path, names):
-    model = trained(base, names)
+    model = random_adapter(base, names=names)
     folder = export_adapter(model, base, tmp_path / "native")
     save_adapter(model, tmp_path / "adapter")
     assert verify_export(folder, tmp_path / "adapter", base, dtype=torch.float32) < 1e-4
@@ -88,7 +79,7 @@ def test_one_base_model_is_in_memory_at_a_time(exported, adapter, base, tmp_path
 
 
 def test_every_linear_layer_has_weights_and_the_untouched_ones_are_zero(base, tmp_path):
-    model = trained(base, ["out_projs"])
+    model = random_adapter(base, names=["out_projs"])
     weights = load_file(export_adapter(model, base, tmp_path / "native") / "lora.safetensors")
     paths = linear_paths(load_moshi(base).lm)
     assert weights.keys() == {f"{path}.lora_{part}.weight" for path in paths for part in "AB"}

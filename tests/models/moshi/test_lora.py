@@ -20,6 +20,7 @@ from hf_csm.models.moshi.lora import (
     target_pattern,
 )
 from hf_csm.models.moshi.model import MoshiLM, load_moshi
+from tests.doubles.random_adapter import randomize
 
 
 COMMON_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -135,8 +136,7 @@ def test_a_disabled_adapter_is_the_base_to_the_bit_and_comes_back(base, codes):
     model = copy.deepcopy(base)
     before = nll(model, codes)
     add_lora(model, rank=4, alpha=8, target_modules=COMMON_NAMES)
-    for number, weight in enumerate(adapter_parameters(model)):
-        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
+    randomize(model)
     with adapter_disabled(model):
         assert torch.equal(nll(model, codes), before)
     assert not torch.allclose(nll(model, codes), before, atol=0.1)

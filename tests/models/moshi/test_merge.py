@@ -15,11 +15,12 @@ from hf_csm.errors import UserError
 from hf_csm.models.moshi import merge
 from hf_csm.models.moshi.checkpoint import find_checkpoint
 from hf_csm.models.moshi.export import ExportError
-from hf_csm.models.moshi.lora import adapter_parameters, add_lora, lora_config, native_lm, read_adapter, save_adapter
+from hf_csm.models.moshi.lora import lora_config, native_lm, read_adapter, save_adapter
 from hf_csm.models.moshi.merge import check_merged, merge_adapter
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.models.moshi.verify import verify_export
 from hf_csm.publish.export import export_checkpoint
+from tests.doubles.random_adapter import random_adapter
 
 
 def merged_state(model):
@@ -42,9 +43,7 @@ def base(tiny_moshi):
 
 @pytest.fixture(scope="module")
 def model(base):
-    model = add_lora(load_moshi(base, dtype=torch.float32), rank=4, alpha=6, target_modules="all-linear")
-    for number, weight in enumerate(adapter_parameters(model)):
-        torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(number))
+    model = random_adapter(base)
     return model.eval()
 
 
