@@ -268,6 +268,7 @@ from datasets import load_dataset
 from hf_csm.hub import find_table
 from hf_csm.data.table import read_card_metadata
 from hf_csm.publish.push_table import push_table
+from tests.doubles.hub import Repository, puts
 
 table = sys.argv[1]
 push_table(table, "user/ravdess", private=True)
