@@ -13,6 +13,7 @@ from hf_csm.data.table import ShardWriter, SplitInfo, read_card_metadata, write_
 from hf_csm.errors import UserError
 from hf_csm.hub import find_table
 from hf_csm.publish.push_table import push_table, table_files
+from tests.doubles.hub import Repository, puts
 
 
 BUILDERS = {builder.NAME: builder for builder in all_builders()}
@@ -253,8 +254,6 @@ def test_without_the_hub_nothing_is_pushed(hub, table, monkeypatch):
 
 
 def test_an_upload_that_arrived_otherwise_than_sent_is_not_called_done(hub, table, monkeypatch):
-    from tests.doubles.hub import Repository
-
     store = Repository.store
     monkeypatch.setattr(Repository, "store", lambda self, content: store(self, content + b"\n"))
     with pytest.raises(UserError, match=r"1 files on the Hub differ from those sent, such as README\.md"):
