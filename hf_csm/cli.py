@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ def run_command(command: Callable[[], object], *, debug: bool = False) -> int:
     Args:
         debug: raise the error instead.
     """
+    # moshi imports bitsandbytes, which warns on import that an optional CPU kernel is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         command()
     except KeyboardInterrupt:

@@ -121,8 +121,7 @@ def set_base(
         }
     for filename, change in changes.items():
         if (folder / filename).is_file():
-            text = json.dumps(read_json(folder / filename) | change, indent=2)
-            write_text_atomic(folder / filename, text + "\n")
+            write_text_atomic(folder / filename, json.dumps(read_json(folder / filename) | change, indent=2) + "\n")
 
 
 def hash_weights(family: Family, folder: Path) -> str:
