@@ -9,8 +9,10 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from threading import current_thread, main_thread
 from typing import Any
 
 from hf_csm import __version__
@@ -40,18 +42,36 @@ def run_command(command: Callable[[], object], *, debug: bool = False) -> int:
     """
     # moshi imports bitsandbytes, which warns on import that an optional CPU kernel is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread():
+        signal.signal(signal.SIGINT, interrupt)
     try:
         command()
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {GO_ON}", file=sys.stderr)
-        return 130
+        return _report_interrupt()
     except Exception as error:
         message = explain(error)
+        if message is None and interrupts and not debug:  # swallowed by an import of numpy or transformers
+            return _report_interrupt()
         if debug or message is None:
             raise
         print(f"error: {message[0]}\n       {message[1]}", file=sys.stderr)
         return 1
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
+
+
+def _report_interrupt() -> int:
+    print(f"\nInterrupted. {GO_ON}", file=sys.stderr)
+    return 130
 
 
 def explain(error: Exception) -> tuple[str, str] | None:

@@ -1,5 +1,7 @@
+import contextlib
 import errno
 import json
+import signal
 import subprocess
 import sys
 
@@ -59,6 +61,20 @@ def test_ctrl_c_shows_how_to_continue(capsys):
 
     assert run_command(interrupted) == 130
     assert "again to resume" in error_lines(capsys)[-1]
+
+
+def test_ctrl_c_that_a_library_swallows_still_ends_the_command(capsys):
+    def interrupted():
+        with contextlib.suppress(KeyboardInterrupt):  # as numpy and transformers do when interrupted in an import
+            signal.raise_signal(signal.SIGINT)
+        raise ModuleNotFoundError("Could not import module 'AutoModel'")
+
+    assert run_command(interrupted) == 130
+    assert "again to resume" in error_lines(capsys)[-1]
+    with pytest.raises(KeyboardInterrupt):  # the handler is gone
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(ModuleNotFoundError):
+        run_command(interrupted, debug=True)
 
 
 COMMANDS = ["prepare", "encode", "describe", "export-manifest", "push-dataset", "export", "doctor"]

@@ -26,6 +26,8 @@ SAMPLES_NAME = "samples"
 MEASURED_NAMES = tuple(f"{name}.json" for name in MEASURES)
 RUN_FILES = (CONFIG_NAME, METRICS_NAME, PLOT_NAME, CORPORA_NAME, *MEASURED_NAMES)
 """All but the samples."""
+PATH_OPTIONS = ("run_dir", "resume_from_checkpoint", "manifest_path", "val_manifest_path", "path")
+"""Options that may hold a relative path, which looks like a Hub name."""
 MAX_SAMPLE_S = 300.0
 """Longest sample to publish."""
 
@@ -76,30 +78,21 @@ def public_config(
         corpora: training data: their `table` tells Hub names from folders.
     """
     on_hub = {terms.table for terms in corpora} | {base_model}
-    public: dict[str, Any] = json.loads(json.dumps(config))  # a copy
 
-    def shorten(options: dict[str, Any] | None, *names: str) -> None:
-        for name in names:
-            if options and isinstance(options.get(name), str) and options[name] not in on_hub:
-                options[name] = Path(options[name]).name
-
-    def walk(node: Any) -> Any:  # options that were added by hand
+    def walk(node: Any, option: str = "") -> Any:
         if isinstance(node, dict):
-            return {key: walk(value) for key, value in node.items()}
+            return {name: walk(value, name) for name, value in node.items()}
         if isinstance(node, list):
-            return [walk(value) for value in node]
-        is_path = isinstance(node, str) and (node.startswith(("/", "~", "./", "../", "file:")) or "\\" in node)
+            return [walk(value, option) for value in node]
+        if not isinstance(node, str) or node in on_hub:
+            return node
+        is_path = option in PATH_OPTIONS or node.startswith(("/", "~", "./", "../", "file:")) or "\\" in node
         return Path(node).name if is_path else node
 
-    dataset = public.get("dataset") or {}
-    shorten(public, "run_dir", "resume_from_checkpoint")
-    shorten(dataset, "manifest_path", "val_manifest_path")
-    shorten(dataset.get("replay"), "manifest_path")
-    for source in dataset.get("sources") or []:
-        shorten(source, "path")
+    public: dict[str, Any] = walk(config)
     if base_model is not None:
         public.setdefault("moshi_paths", {})["hf_repo_id"] = base_model
-    return walk(public)
+    return public
 
 
 def _copy_samples(run: Path, folder: Path) -> None:

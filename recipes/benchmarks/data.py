@@ -37,9 +37,9 @@ from hf_csm.models.moshi.tiny import write_tiny_tokenizer
 from hf_csm.prepare.archive import Member, list_members
 from hf_csm.prepare.pool import usable_cores
 from hf_csm.prepare.run import prepare
-from hf_csm.testing.codes import RandomWindow, write_random_codes
 from hf_csm.testing.ravdess import write_ravdess
 from hf_csm.units import FRAME_RATE, SAMPLE_RATE
+from tests.doubles.codes import RandomWindow, write_random_codes
 from tests.doubles.crema_d import write_crema_d
 from tests.doubles.esd import write_esd
 from tests.doubles.msp_podcast import write_msp_podcast

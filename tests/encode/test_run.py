@@ -20,8 +20,8 @@ from hf_csm.encode.run import encode
 from hf_csm.errors import UserError
 from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint
 from hf_csm.models.moshi.codec import MimiCodec, load_codec
-from hf_csm.testing.codes import restate_sizes
 from hf_csm.units import SAMPLES_PER_FRAME
+from tests.doubles.codes import restate_sizes
 
 
 COMPOSITION = Composition(duration_s=12.0)

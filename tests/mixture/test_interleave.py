@@ -18,7 +18,7 @@ from hf_csm.errors import UserError
 from hf_csm.mixture.loader import mix
 from hf_csm.mixture.windows import training_table
 from hf_csm.publish.push_table import push_table
-from hf_csm.testing.codes import RandomWindow, write_random_codes
+from tests.doubles.codes import RandomWindow, write_random_codes
 from tests.doubles.hub import LocalHub
 
 

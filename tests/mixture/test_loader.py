@@ -22,7 +22,7 @@ from hf_csm.models.family import NO_TOKEN
 from hf_csm.models.moshi.checkpoint import codec_sha256, find_checkpoint, load_tokenizer
 from hf_csm.models.moshi.layout import lay_out
 from hf_csm.models.moshi.model import load_moshi
-from hf_csm.testing.codes import RandomWindow, write_random_codes
+from tests.doubles.codes import RandomWindow, write_random_codes
 
 
 NUMBERS = count()

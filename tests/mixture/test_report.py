@@ -8,7 +8,7 @@ from hf_csm.data.labels import EMOTIONS
 from hf_csm.errors import UserError
 from hf_csm.mixture import report as module
 from hf_csm.mixture.report import describe
-from hf_csm.testing.codes import RandomWindow, write_random_codes
+from tests.doubles.codes import RandomWindow, write_random_codes
 
 
 HOUR_FRAMES = 45_000

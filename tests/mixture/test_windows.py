@@ -7,7 +7,7 @@ import hf_csm.mixture.windows
 from hf_csm.config import DatasetConfig, Replay, Source
 from hf_csm.errors import UserError
 from hf_csm.mixture.windows import WindowTable, held_out_table, manifest_table, training_table, with_tables
-from hf_csm.testing.codes import RandomWindow, restate_sizes, write_random_codes
+from tests.doubles.codes import RandomWindow, restate_sizes, write_random_codes
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 from hf_csm.config import DatasetConfig, LoraSettings, MoshiPaths, OptimizerConfig, RunConfig, TrainingConfig
 from hf_csm.models.emotion_control import read_emotion_control
 from hf_csm.models.moshi import MOSHI
-from hf_csm.testing.codes import RandomWindow, restate_sizes, write_random_codes
 from hf_csm.training.loop import train
 from hf_csm.units import SAMPLES_PER_FRAME
+from tests.doubles.codes import RandomWindow, restate_sizes, write_random_codes
 
 
 CODE_OF = {"happy": 11, "sad": 77}

@@ -291,7 +291,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(run_config, tmp_pat
 def test_a_validation_split_without_windows_is_refused(run_config, codes, tmp_path):
     import shutil
 
-    from hf_csm.testing.codes import restate_sizes
+    from tests.doubles.codes import restate_sizes
 
     copy = shutil.copytree(codes, tmp_path / "codes")
     shutil.rmtree(copy / "data" / "validation")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
-from hf_csm.models.family import Frame
+from hf_csm.models.family import Engine, Frame
 from hf_csm.serving.server.metrics import Metrics
 from hf_csm.serving.server.protocol import Message
 from hf_csm.units import FRAME_RATE, Seconds
@@ -28,51 +28,37 @@ STUCK_S = 10.0
 Command = Callable[[], list[Message]]
 
 
-class Stepper(Protocol):
-    """The part of an engine that the thread uses."""
-
-    num_slots: int
-
-    def warm_up(self) -> None: ...
-
-    def step(self, frames: Mapping[int, np.ndarray]) -> dict[int, Frame]: ...
-
-
-class Client(Protocol):
-    """The conversation that holds a slot."""
-
-    def on_frame(self, frame: Frame) -> list[Message]:
-        """Return the messages to send for a generated frame. Called in the engine's thread."""
-        ...
-
-    def enqueue(self, message: Message) -> None:
-        """Queue a message for sending. Called in the event loop, in order."""
-        ...
-
-    def fail(self, error: BaseException) -> None:
-        """Handle an error of a command, of `on_frame` or of the engine. Called in the event loop."""
-        ...
-
-
-class SlotLease:
-    """A slot while one conversation holds it. Used from the event loop.
+class Conversation(ABC):
+    """A conversation that holds a slot after `Scheduler.acquire`. Used from the event loop, except for `on_frame`.
 
     Attributes:
-        slot: its index.
-        client: the conversation.
+        slot: index of the slot.
         queue: frames and commands for the engine; guarded by the scheduler's lock.
-        is_released: the conversation is over; its client is not called any more.
+        is_released: the slot was given back; the results of work that is still in progress are dropped.
         num_frames: frames that the engine has stepped.
         num_waiting: frames that it has yet to step.
     """
 
-    def __init__(self, scheduler: Scheduler, slot: int, client: Client):
-        self.slot, self.client = slot, client
+    slot: int
+
+    def __init__(self, scheduler: Scheduler):
         self.queue: deque[np.ndarray | Command] = deque()
         self.is_released = False
         self.num_frames = self.num_waiting = 0
         self._scheduler = scheduler
         self._has_room = asyncio.Event()
+
+    @abstractmethod
+    def on_frame(self, frame: Frame) -> list[Message]:
+        """Return the messages to send for a generated frame. Called in the engine's thread."""
+
+    @abstractmethod
+    def enqueue(self, message: Message) -> None:
+        """Queue a message for sending."""
+
+    @abstractmethod
+    def fail(self, error: BaseException) -> None:
+        """Handle an error of a command, of `on_frame` or of the engine."""
 
     async def put(self, frame: np.ndarray) -> None:
         """Queue a frame of user audio, `[1920]`; waits while the backlog is full."""
@@ -82,7 +68,7 @@ class SlotLease:
         self.num_waiting += 1
         self._scheduler.submit(self, frame)
 
-    def run(self, command: Command) -> None:
+    def submit(self, command: Command) -> None:
         """Run a command in the engine's thread after the frames queued before it, and send what it returns."""
         self._scheduler.submit(self, command)
 
@@ -94,23 +80,24 @@ class SlotLease:
             self._scheduler.free(self)
 
     def deliver(self, step: Step) -> None:
-        """Pass the results of a step to the client."""
+        """Handle the results of a step."""
         if step.frame is not None:
             self.num_waiting -= 1
             self.num_frames += 1
             self._has_room.set()
+        if self.is_released:
+            return
         for message in step.messages:
-            if not self.is_released:
-                self.client.enqueue(message)
-        if step.error is not None and not self.is_released:
-            self.client.fail(step.error)
+            self.enqueue(message)
+        if step.error is not None:
+            self.fail(step.error)
 
 
 @dataclass
 class Step:
     """Work of one slot for one step of the engine, and its results."""
 
-    lease: SlotLease
+    conversation: Conversation
     commands: list[Command] = field(default_factory=list)
     frame: np.ndarray | None = None
     messages: list[Message] = field(default_factory=list)
@@ -126,11 +113,11 @@ class Scheduler:
         over: set when the engine failed. It cannot recover: the state of the device is unknown.
     """
 
-    def __init__(self, engine: Stepper, metrics: Metrics, *, max_backlog_s: Seconds = 2.0):
+    def __init__(self, engine: Engine, metrics: Metrics, *, max_backlog_s: Seconds = 2.0):
         self.max_backlog = max(1, round(max_backlog_s * FRAME_RATE))
         self.error: BaseException | None = None
         self._engine, self._metrics = engine, metrics
-        self._leases: dict[int, SlotLease] = {}
+        self._conversations: dict[int, Conversation] = {}
         self._changed = threading.Condition()
         self._is_stopping = False
         self._busy_since: float | None = None
@@ -158,7 +145,7 @@ class Scheduler:
     @property
     def num_free(self) -> int:
         """Number of free slots."""
-        return self.num_slots - len(self._leases)
+        return self.num_slots - len(self._conversations)
 
     @property
     def is_healthy(self) -> bool:
@@ -167,27 +154,26 @@ class Scheduler:
         is_stuck = busy_since is not None and time.monotonic() - busy_since > STUCK_S
         return self.error is None and self._thread.is_alive() and not is_stuck
 
-    def acquire(self, client: Client) -> SlotLease | None:
-        """Lease a free slot to a client; None if all are taken."""
+    def acquire(self, conversation: Conversation) -> bool:
+        """Give a free slot to a conversation; return False if all are taken."""
         for slot in range(self.num_slots):
-            if slot not in self._leases:
-                lease = SlotLease(self, slot, client)
+            if slot not in self._conversations:
+                conversation.slot = slot
                 with self._changed:
-                    self._leases[slot] = lease
-                return lease
-        return None
+                    self._conversations[slot] = conversation
+                return True
+        return False
 
-    def submit(self, lease: SlotLease, work: np.ndarray | Command) -> None:
-        """Queue work for a slot; dropped if the slot is released before it runs."""
+    def submit(self, conversation: Conversation, work: np.ndarray | Command) -> None:
+        """Queue work for a conversation; dropped if its slot is released before it runs."""
         with self._changed:
-            lease.queue.append(work)
+            conversation.queue.append(work)
             self._changed.notify()
 
-    def free(self, lease: SlotLease) -> None:
-        """Make the slot of a released lease available."""
+    def free(self, conversation: Conversation) -> None:
+        """Make the slot of a conversation available."""
         with self._changed:
-            if self._leases.get(lease.slot) is lease:
-                del self._leases[lease.slot]
+            del self._conversations[conversation.slot]
 
     async def stop(self, timeout_s: Seconds = STUCK_S) -> None:
         """End the thread after its current step."""
@@ -213,10 +199,11 @@ class Scheduler:
         """Wait for work, and take from each queue the commands up to its next frame, and that frame."""
         with self._changed:
             while not self._is_stopping:
-                steps = [Step(lease) for lease in self._leases.values() if lease.queue]
+                steps = [Step(one) for one in self._conversations.values() if one.queue]
                 for step in steps:
-                    while step.lease.queue and step.frame is None:
-                        work = step.lease.queue.popleft()
+                    queue = step.conversation.queue
+                    while queue and step.frame is None:
+                        work = queue.popleft()
                         if isinstance(work, np.ndarray):
                             step.frame = work
                         else:
@@ -234,16 +221,17 @@ class Scheduler:
                     step.messages += command()
             except Exception as error:
                 step.error = error
-        frames = {step.lease.slot: step.frame for step in steps if step.frame is not None and step.error is None}
+        active = [step for step in steps if step.error is None]
+        frames = {step.conversation.slot: step.frame for step in active if step.frame is not None}
         if frames:
             start = time.perf_counter()
             generated = self._engine.step(frames)
             self._metrics.frame_time.observe(time.perf_counter() - start)
             self._metrics.frames.inc(len(frames))
-            for step in steps:
-                if step.lease.slot in generated and step.error is None:
+            for step in active:
+                if step.conversation.slot in generated:
                     try:
-                        step.messages += step.lease.client.on_frame(generated[step.lease.slot])
+                        step.messages += step.conversation.on_frame(generated[step.conversation.slot])
                     except Exception as error:
                         step.error = error
         self._call_in_loop(self._deliver, steps)
@@ -256,10 +244,10 @@ class Scheduler:
 
     def _deliver(self, steps: list[Step]) -> None:
         for step in steps:
-            step.lease.deliver(step)
+            step.conversation.deliver(step)
 
     def _end(self) -> None:
         failure = RuntimeError(f"the engine failed: {self.error}")
-        for lease in list(self._leases.values()):
-            lease.deliver(Step(lease, error=failure))
+        for conversation in list(self._conversations.values()):
+            conversation.deliver(Step(conversation, error=failure))
         self.over.set()

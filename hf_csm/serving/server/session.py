@@ -38,7 +38,7 @@ from hf_csm.serving.server.protocol import (
     Pong,
     text_message,
 )
-from hf_csm.serving.server.scheduler import Scheduler
+from hf_csm.serving.server.scheduler import Conversation, Scheduler
 from hf_csm.serving.server.steering import TRUE, SteeringState, error_event, read_control, read_query
 from hf_csm.units import SAMPLE_RATE, SAMPLES_PER_FRAME
 
@@ -95,8 +95,8 @@ class Socket(web.WebSocketResponse):
         return await super().close(code=code, message=message or DEFAULT_REASONS.get(code, b""), drain=drain)
 
 
-class Session:
-    """A conversation with one client; the `Client` of its slot.
+class Session(Conversation):
+    """A conversation with one client.
 
     Attributes:
         number: for the log.
@@ -113,13 +113,14 @@ class Session:
         *,
         default_emotion: str | None,
     ):
+        super().__init__(scheduler)
         self.number = next(_numbers)
         self._socket, self._transport = socket, request.transport
         self._connection = cast(Connection, request.protocol)
         self._connection.max_message_bytes = limits.max_message_bytes
         self._connection.on_too_large = lambda: self.end(TOO_LARGE)
         self._query = request.query
-        self._model, self._scheduler, self._limits, self._metrics = model, scheduler, limits, metrics
+        self._model, self._limits, self._metrics = model, limits, metrics
         self._default_emotion = default_emotion
         self._bucket = TokenBucket(limits.messages_per_s, limits.messages_burst)
         self._over: asyncio.Future[End] = asyncio.get_running_loop().create_future()
@@ -146,39 +147,37 @@ class Session:
         except UserError as error:
             await self._refuse(error, End("query", WSCloseCode.POLICY_VIOLATION, error.problem))
             return
-        lease = self._scheduler.acquire(self)
-        if lease is None:
+        if not self._scheduler.acquire(self):
             busy = UserError(f"busy: all {self._scheduler.num_slots} slots are in use;", "try again later")
             reason = f"{busy.problem} {busy.remedy}"
             await self._refuse(busy, End("busy", WSCloseCode.TRY_AGAIN_LATER, reason))
             return
-        self._lease = lease
-        self._steering = SteeringState(self._model, lease.slot, options)
+        self._steering = SteeringState(self._model, self.slot, options)
         self._sends_events = options.events
         self._audio = AUDIO_FORMATS[options.audio]()
         self._framer = Framer(self._audio)
         self._metrics.sessions.inc()
         self._metrics.sessions_active.inc()
-        LOGGER.info("session started session=%d slot=%d audio=%s", self.number, lease.slot, options.audio)
+        LOGGER.info("session started session=%d slot=%d audio=%s", self.number, self.slot, options.audio)
         if self._transport is not None:
             self._transport.set_write_buffer_limits(high=UNSENT_BYTES)
-        lease.run(self._steering.start)
+        self.submit(self._steering.start)
         tasks = [asyncio.create_task(self._guard(work)) for work in (self._receive, self._send, self._watch)]
         end = SERVER_STOPS
         try:
             end = await self._over
         finally:
-            lease.release()
+            self.release()
             self._metrics.sessions_active.dec()
             if end is not LEFT:
                 self._metrics.drops.labels(end.label).inc()
             LOGGER.info(
                 "session ended session=%d slot=%d reason=%s seconds=%.1f frames=%d",
                 self.number,
-                lease.slot,
+                self.slot,
                 end.label,
                 time.monotonic() - self._began_s,
-                lease.num_frames,
+                self.num_frames,
             )
             for task in tasks:
                 task.cancel()
@@ -265,7 +264,7 @@ class Session:
             try:
                 for frame in self._framer.frames(data[1:]):
                     self._last_audio_s = time.monotonic()
-                    await self._lease.put(frame)
+                    await self.put(frame)
             except BadAudio as error:
                 self.end(End("bad_audio", WSCloseCode.INVALID_TEXT, str(error)))
                 return False
@@ -285,7 +284,7 @@ class Session:
             self._metrics.ignored.labels("bad_control").inc()
             self.enqueue(error_event(error))
             return
-        self._lease.run(lambda: self._steering.on_request(request))
+        self.submit(lambda: self._steering.on_request(request))
 
     # Sending
 

@@ -6,12 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 from hf_csm.errors import UserError
 from hf_csm.models.family import Frame
-from hf_csm.serving.loaded import MAX_STRENGTH
-from hf_csm.serving.resolve import AdapterChoice
+from hf_csm.serving.loaded import MAX_STRENGTH, LoadedModel
 from hf_csm.serving.server.protocol import AUDIO_FORMATS, Event, Handshake, Message
 
 
@@ -19,18 +17,6 @@ PAUSE_FRAMES = 6
 """Consecutive frames without text, 0.48 s, that count as a pause."""
 TRUE, FALSE = ("1", "true"), ("0", "false", "")
 KEYS = {"type", "emotion", "voice", "strength", "now"}
-
-
-class SteerableModel(Protocol):
-    """The part of `LoadedModel` that steering uses."""
-
-    engine: Any
-
-    def choose(self, emotion: str | None, adapter: str | None = None) -> AdapterChoice: ...
-
-    def steer(self, slot: int, choice: AdapterChoice, emotion: str | None, strength: float = 1.0) -> None: ...
-
-    def set_strength(self, slot: int, choice: AdapterChoice, strength: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,7 @@ class SessionOptions:
 
 
 def read_query(
-    query: Mapping[str, str], model: SteerableModel, *, default_emotion: str | None, takes_seeds: bool
+    query: Mapping[str, str], model: LoadedModel, *, default_emotion: str | None, takes_seeds: bool
 ) -> SessionOptions:
     """Parse the query string. Unknown parameters are ignored: moshi's web UI sends many.
 
@@ -141,7 +127,7 @@ class SteeringState:
     messages to send.
     """
 
-    def __init__(self, model: SteerableModel, slot: int, options: SessionOptions):
+    def __init__(self, model: LoadedModel, slot: int, options: SessionOptions):
         self._model, self._slot, self._seed = model, slot, options.seed
         self._steering = options.steering
         self._pending: Steering | None = None

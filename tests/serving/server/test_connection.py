@@ -64,7 +64,7 @@ def test_fast_sender_is_paced_without_loss(fake_model, serving):
             num_bytes = await asyncio.to_thread(send_until_it_blocks, line)
             assert SAMPLE_RATE < num_bytes < 20 * SAMPLE_RATE  # of the 60 s offered
             (session,) = served.server._sessions
-            assert session._lease.num_waiting <= 13
+            assert session.num_waiting <= 13
             model.engine.gate.set()
             await served.until(
                 lambda: served.count("frames_total") >= num_bytes // len(masked(b"\x01" + SECOND)) * 12.5
@@ -102,7 +102,7 @@ def test_slow_reader_is_dropped_without_affecting_others(fake_model, serving):
                         assert (await good.receive_bytes(timeout=GUARD_S))[0] == 1
                     num_frames += 1
                 assert num_frames > 5
-                assert slow._lease.num_frames < 150  # 2 s, and what fits in the socket buffers
+                assert slow.num_frames < 150  # 2 s, and what fits in the socket buffers
                 assert served.server.scheduler.num_free == 1
                 await served.until(lambda: len(served.server._runner.server.connections) == 1)  # disconnected
                 await sending

@@ -6,7 +6,7 @@ import pytest
 
 from hf_csm.serving.server import scheduler as scheduler_module
 from hf_csm.serving.server.metrics import Metrics
-from hf_csm.serving.server.scheduler import Scheduler
+from hf_csm.serving.server.scheduler import Conversation, Scheduler
 from tests.doubles.waiting import GUARD_S
 
 
@@ -18,13 +18,19 @@ async def until(condition):
         await asyncio.sleep(0.01)
 
 
-class Client:
-    """Leases a slot and collects its messages and errors."""
+class Client(Conversation):
+    """Acquires a slot and collects its messages and errors."""
 
     def __init__(self, scheduler):
+        super().__init__(scheduler)
         self.messages, self.errors = [], []
-        self.enqueue, self.fail = self.messages.append, self.errors.append
-        self.lease = scheduler.acquire(self)
+        self.has_slot = scheduler.acquire(self)
+
+    def enqueue(self, message):
+        self.messages.append(message)
+
+    def fail(self, error):
+        self.errors.append(error)
 
     def on_frame(self, frame):
         return [frame.audio[0]]
@@ -54,8 +60,8 @@ def run(fake_model, test, num_slots=2, **options):
 async def start_step(client, engine):
     """Put a frame, and wait until the engine is in its step, closed behind the gate."""
     engine.gate.clear()
-    await client.lease.put(FRAME)
-    await until(lambda: ("step", (client.lease.slot,)) in engine.calls)
+    await client.put(FRAME)
+    await until(lambda: ("step", (client.slot,)) in engine.calls)
 
 
 def test_waiting_slots_are_stepped_together_one_frame_each(fake_model):
@@ -63,8 +69,8 @@ def test_waiting_slots_are_stepped_together_one_frame_each(fake_model):
         one, other = Client(scheduler), Client(scheduler)
         await start_step(one, engine)
         for number in range(3):
-            await one.lease.put(FRAME + number)
-        await other.lease.put(FRAME + 7)
+            await one.put(FRAME + number)
+        await other.put(FRAME + 7)
         engine.gate.set()
         assert await one.wait_for(4) == [0, 0, 1, 2]
         assert await other.wait_for(1) == [7]
@@ -78,11 +84,11 @@ def test_commands_and_frames_run_in_order(fake_model):
     async def test(scheduler, engine):
         client = Client(scheduler)
         engine.gate.clear()
-        await client.lease.put(FRAME)
-        client.lease.run(lambda: ["a"])
-        client.lease.run(lambda: ["b", "c"])
-        await client.lease.put(FRAME + 1)
-        client.lease.run(lambda: ["d"])
+        await client.put(FRAME)
+        client.submit(lambda: ["a"])
+        client.submit(lambda: ["b", "c"])
+        await client.put(FRAME + 1)
+        client.submit(lambda: ["d"])
         engine.gate.set()
         assert await client.wait_for(6) == [0, "a", "b", "c", 1, "d"]
 
@@ -93,56 +99,56 @@ def test_put_waits_while_the_backlog_is_full(fake_model):
     async def test(scheduler, engine):
         client = Client(scheduler)
         engine.gate.clear()
-        putting = asyncio.create_task(put_many(client.lease, 60))
-        await until(lambda: client.lease.num_waiting == 25)
+        putting = asyncio.create_task(put_many(client, 60))
+        await until(lambda: client.num_waiting == 25)
         assert not putting.done() and scheduler.max_backlog == 25
         engine.gate.set()
         await putting
         await client.wait_for(60)
 
-    async def put_many(lease, number):
+    async def put_many(client, number):
         for _ in range(number):
-            await lease.put(FRAME)
-            assert lease.num_waiting <= 25
+            await client.put(FRAME)
+            assert client.num_waiting <= 25
 
     run(fake_model, test, max_backlog_s=2.0)
 
 
-def test_released_lease_wakes_its_waiter_and_gets_no_more_messages(fake_model):
+def test_releasing_a_slot_wakes_its_waiter_and_drops_its_messages(fake_model):
     async def test(scheduler, engine):
         old = Client(scheduler)
         await start_step(old, engine)
-        putting = asyncio.create_task(fill(old.lease))
-        await until(lambda: old.lease.num_waiting == scheduler.max_backlog)
+        putting = asyncio.create_task(fill(old))
+        await until(lambda: old.num_waiting == scheduler.max_backlog)
         assert scheduler.num_free == 1
-        old.lease.release()
-        old.lease.release()
+        old.release()
+        old.release()
         await putting
         assert scheduler.num_free == 2
         new = Client(scheduler)
-        assert new.lease.slot == old.lease.slot
-        new.lease.run(lambda: ["mine"])
+        assert new.slot == old.slot
+        new.submit(lambda: ["mine"])
         engine.gate.set()
         assert await new.wait_for(1) == ["mine"]
-        await new.lease.put(FRAME)
+        await new.put(FRAME)
         assert await new.wait_for(2) == ["mine", 0]
         assert old.messages == []
-        assert engine.calls.count(("step", (0,))) == 2  # the frames queued by the old lease were dropped
+        assert engine.calls.count(("step", (0,))) == 2  # the frames queued by the old conversation were dropped
 
-    async def fill(lease):
+    async def fill(client):
         for _ in range(40):
-            await lease.put(FRAME)
+            await client.put(FRAME)
 
     run(fake_model, test)
 
 
-def test_there_are_as_many_leases_as_slots(fake_model):
+def test_there_are_as_many_conversations_as_slots(fake_model):
     async def test(scheduler, engine):
         clients = [Client(scheduler) for _ in range(3)]
-        assert [client.lease and client.lease.slot for client in clients] == [0, 1, None]
+        assert [client.has_slot and client.slot for client in clients] == [0, 1, False]
         assert scheduler.num_free == 0
-        clients[0].lease.release()
-        assert Client(scheduler).lease.slot == 0
+        clients[0].release()
+        assert Client(scheduler).slot == 0
 
     run(fake_model, test)
 
@@ -157,11 +163,11 @@ def test_error_of_one_client_does_not_affect_others(fake_model, where):
             raise error
 
         if where == "command":
-            bad.lease.run(fail)
+            bad.submit(fail)
         else:
             bad.on_frame = fail
         for client in (bad, good):
-            await client.lease.put(FRAME)
+            await client.put(FRAME)
         assert await good.wait_for(1) == [0]
         await until(lambda: bad.errors)
         assert (bad.errors, bad.messages, good.errors) == ([error], [], [])
@@ -175,7 +181,7 @@ def test_failed_engine_ends_every_conversation(fake_model):
         clients = [Client(scheduler), Client(scheduler)]
         assert scheduler.is_healthy
         engine.failure = RuntimeError("CUDA error")
-        await clients[0].lease.put(FRAME)
+        await clients[0].put(FRAME)
         await scheduler.over.wait()
         assert [str(client.errors[0]) for client in clients] == ["the engine failed: CUDA error"] * 2
         assert scheduler.error is engine.failure and not scheduler.is_healthy
@@ -212,14 +218,14 @@ def test_steps_are_measured(fake_model):
     async def test(scheduler, engine):
         client, other = Client(scheduler), Client(scheduler)
         await start_step(client, engine)
-        for lease in (client.lease, other.lease):
-            await lease.put(FRAME)
+        for one in (client, other):
+            await one.put(FRAME)
         engine.gate.set()
         await client.wait_for(2)
         value = scheduler._metrics.registry.get_sample_value
         assert value("hf_csm_frames_total") == 3
         assert value("hf_csm_frame_seconds_count") == 2
         assert value("hf_csm_slots") == 2
-        assert client.lease.num_frames == 2
+        assert client.num_frames == 2
 
     run(fake_model, test)

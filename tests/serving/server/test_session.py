@@ -183,7 +183,7 @@ def test_events_are_sent_only_to_clients_that_support_them(fake_model, serving):
             async with served.connect() as ws:
                 assert await ws.receive_bytes() == b"\x00"
                 await ws.send_bytes(b"\x01")  # no sound
-                await served.until(lambda: not served.server.scheduler._leases[0].queue)
+                await served.until(lambda: not served.server.scheduler._conversations[0].queue)
                 await ws.send_str('{"type": "steer", "emotion": "sad"}')
                 (event,) = await events(ws, 1)  # the initial steering was not sent
                 assert (event["type"], event["voice"], event["emotion"]) == ("steering", "moody", "sad")

@@ -5,7 +5,7 @@ from datasets import load_dataset
 
 from hf_csm.data.table import read_card_metadata
 from hf_csm.hub import is_whole
-from hf_csm.testing.codes import RandomWindow, restate_sizes, write_random_codes
+from tests.doubles.codes import RandomWindow, restate_sizes, write_random_codes
 
 
 def test_the_table_loads_as_a_table_of_codes(tmp_path):
