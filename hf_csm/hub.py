@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hf_csm.data.schema import SPLITS
-from hf_csm.data.table import CARD_NAME, read_card_metadata, split_files
+from hf_csm.data.table import CARD_NAME, check_schema, read_card_metadata, split_files
 from hf_csm.errors import UserError
+
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 
 TABLE_FILES = (CARD_NAME, "data/*/*.parquet", "plots/*")
@@ -20,6 +25,11 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 EMOTIONS_NAME = "emotions.json"
 MODEL_FILES = (CONFIG_NAME, ADAPTER_CONFIG_NAME, EMOTIONS_NAME)
 """Files that describe a model: all that `find_model` downloads by default."""
+STAGES = {
+    "prepared": ("a prepared corpus", "Run `hf-csm prepare` and name its output here."),
+    "codes": ("a table of codes", "Run `hf-csm encode {name} --out ...` first."),
+}
+"""Stages of tables: what they are called, and the remedy where another table was given."""
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -134,20 +144,30 @@ def is_whole(table: Path) -> bool:
     return sizes == {name: stated.get(name, 0) for name in names}
 
 
-def check_whole(table: Path, name: str | None = None) -> None:
-    """Check that no Parquet file of a table is missing or truncated, as after an interrupted copy.
+def check_table(
+    folder: Path, stage: str, features: Features, *, name: str | None = None, optional: Collection[str] = ()
+) -> dict[str, Any]:
+    """Check stage, files and schema of a table; return the metadata of its card.
 
     Args:
+        stage: a key of `STAGES`.
         name: of the table, as the user gave it.
+        optional: columns that a table of an earlier version may lack.
 
     Raises:
-        UserError: it is not.
+        UserError: the table is of another stage, incomplete (as after an interrupted copy), or has another schema.
     """
-    if not is_whole(table):
+    name = name or str(folder)
+    card = read_card_metadata(folder)
+    if card.get("stage") != stage:
+        kind, remedy = STAGES[stage]
+        raise UserError(f"{name} is not {kind}.", remedy.format(name=name))
+    if not is_whole(folder):
         raise UserError(
-            f"{name or table}: not a whole table: its files are not those of its card.",
-            "Copy it again, or make it again.",
+            f"{name}: not a whole table: its files are not those of its card.", "Copy it again, or make it again."
         )
+    check_schema(folder, features, optional)
+    return card
 
 
 def _local_folder(name: str, revision: str | None, kind: str) -> Path | None:

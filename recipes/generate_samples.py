@@ -140,23 +140,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("model", help="checkpoint, folder that `hf-csm export` wrote, or Hub repository USER/NAME")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository (default: its main branch)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the clips")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip (default: 10)")
+    parser.add_argument(
+        "--seconds", dest="duration_s", metavar="S", type=float, default=10.0, help="length of a clip (default: 10)"
+    )
     parser.add_argument("--emotions", nargs="+", help="default: all that the model was trained on")
     parser.add_argument("--temperature", type=float, help="of text and audio (default: moshi's own, 0.7 and 0.8)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    options = parser.parse_args(argv)
-    samples = generate_samples(
-        options.model,
-        options.out,
-        revision=options.revision,
-        emotions=options.emotions,
-        duration_s=options.seconds,
-        temperature=options.temperature,
-        seed=options.seed,
-        device=options.device,
-    )
-    for sample in samples:
+    for sample in generate_samples(**vars(parser.parse_args(argv))):
         print(json.dumps(vars(sample)))
 
 

@@ -12,7 +12,6 @@ from hf_csm.corpora import corpus_names
 from hf_csm.errors import UserError
 
 
-ALREADY_THERE = "{out} already exists, made from the same input with the same options: nothing to do."
 SHARED_OPTIONS = ("corpus", "raw", "out", "num_workers", "align_model", "prosody", "overwrite", "progress", "name")
 """Names that are reserved: no corpus may have an option of this name."""
 CORPUS_OPTIONS = """options of single corpora:
@@ -142,6 +141,12 @@ def corpus_options(arguments: Sequence[str]) -> dict[str, Any]:
     return {name: tuple(values) for name, values in options.items()}
 
 
+def _print_report(report: Any, out: Path) -> None:
+    if not report.is_new:
+        print(f"{out} already exists, made from the same input with the same options: nothing to do.")
+    print(report.render())
+
+
 def _prepare(options: argparse.Namespace) -> None:
     from hf_csm.prepare.run import prepare
 
@@ -157,9 +162,7 @@ def _prepare(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         **corpus_options(options.more),
     )
-    if not report.is_new:
-        print(ALREADY_THERE.format(out=options.out))
-    print(report.render())
+    _print_report(report, options.out)
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -199,9 +202,7 @@ def _encode(options: argparse.Namespace) -> None:
     else:
         report = encode(prepared, options.out, codec, sha256, label=options.label, variants=options.variants, **shared)
     if rank == 0:
-        if not report.is_new:
-            print(ALREADY_THERE.format(out=options.out))
-        print(report.render())
+        _print_report(report, options.out)
 
 
 def launched_as() -> tuple[int, int]:
@@ -247,9 +248,7 @@ def _export_manifest(options: argparse.Namespace) -> None:
         variants=options.variants,
         label=options.label,
     )
-    if not report.is_new:
-        print(ALREADY_THERE.format(out=options.out))
-    print(report.render())
+    _print_report(report, options.out)
 
 
 def _push_dataset(options: argparse.Namespace) -> None:

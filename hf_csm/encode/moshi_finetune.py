@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -56,15 +55,8 @@ def export_manifest(
     composition = composition or Composition()
     corpus = PreparedCorpus(prepared)
     units, dropped = corpus.plan(composition, variants, label)
-    facts = {
-        "stage": "manifest",
-        "version": MANIFEST_VERSION,
-        **{key: corpus.card[key] for key in ("corpus", "builder", "title", "license", "notice")},
-        "composition": json.loads(json.dumps(dataclasses.asdict(composition))),
-        "variants": variants,
-        "label": label,
-        "prepared_fingerprint": corpus.card["fingerprint"],
-    }
+    facts = {"stage": "manifest", "version": MANIFEST_VERSION, **corpus.facts(composition, variants, label)}
+    facts = json.loads(json.dumps(facts))  # tuples become lists
     facts["fingerprint"] = fingerprint_of(facts)
     report = EncodeReport(count_groups(units), dropped)
     staged = StagedTable(out, facts["fingerprint"])

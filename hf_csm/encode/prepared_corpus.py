@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hf_csm.data.audio import decode_audio
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
 from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
-from hf_csm.data.table import ParquetRows, check_schema, read_card_metadata, read_columns, split_files
+from hf_csm.data.table import ParquetRows, read_columns, split_files
 from hf_csm.encode.compose import (
     MOSHI,
     Clip,
@@ -27,7 +29,7 @@ from hf_csm.encode.compose import (
     words_of,
 )
 from hf_csm.errors import UserError
-from hf_csm.hub import check_whole
+from hf_csm.hub import check_table
 
 
 LABELS = {
@@ -54,11 +56,7 @@ class PreparedCorpus:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.card = read_card_metadata(folder)
-        if self.card.get("stage") != "prepared":
-            raise UserError(f"{folder} is not a prepared corpus.", "Run `hf-csm prepare` and name its output here.")
-        check_whole(self.folder)
-        check_schema(self.folder, UTTERANCE_FEATURES)
+        self.card = check_table(self.folder, "prepared", UTTERANCE_FEATURES)
         self.files = [path for split in SPLITS for path in split_files(folder, split)]
         self._rows = ParquetRows(self.files, columns=["audio", "words"], cache_bytes=0)
 
@@ -78,6 +76,16 @@ class PreparedCorpus:
                 "Give a longer --duration-sec or a shorter --lead-in-s, or prepare with transcripts and labels.",
             )
         return units, dropped
+
+    def facts(self, composition: Composition, variants: int, label: str) -> dict[str, Any]:
+        """Return what conversations depend on, for the fingerprint and the card of a table of them."""
+        return {
+            **{key: self.card[key] for key in ("corpus", "builder", "title", "license", "notice")},
+            "composition": dataclasses.asdict(composition),
+            "variants": variants,
+            "label": label,
+            "prepared_fingerprint": self.card["fingerprint"],
+        }
 
     def read(self, conversations: Sequence[Conversation], composition: Composition) -> Clips:
         """Read the clips of some conversations, each row group once."""

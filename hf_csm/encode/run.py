@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -88,20 +87,12 @@ def encode(
     composition = composition or Composition()
     corpus = PreparedCorpus(prepared)
     units, dropped = corpus.plan(composition, variants, label)
-    metadata = {
-        **{key: corpus.card[key] for key in ("corpus", "builder", "title", "license", "notice")},
-        "codec_sha256": codec_sha256,
-        "composition": dataclasses.asdict(composition),
-        "variants": variants,
-        "label": label,
-        "prepared_fingerprint": corpus.card["fingerprint"],
-    }
     return encode_units(
         units,
         lambda conversations: corpus.read(conversations, composition),
         out,
         codec,
-        metadata,
+        {**corpus.facts(composition, variants, label), "codec_sha256": codec_sha256},
         EncodeReport(count_groups(units), dropped),
         batch_s=batch_s,
         rank=rank,

@@ -16,9 +16,9 @@ from datasets.iterable_dataset import _BaseExamplesIterable
 
 from hf_csm.config import Balance
 from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
-from hf_csm.data.table import ParquetRows, check_schema, read_card_metadata, split_files
+from hf_csm.data.table import ParquetRows, split_files
 from hf_csm.errors import UserError
-from hf_csm.hub import check_whole, find_table
+from hf_csm.hub import check_table, find_table
 from hf_csm.mixture.groups import (
     MAX_CHOICES,
     TRAIT_COLUMNS,
@@ -116,14 +116,7 @@ def _find_files(names: Sequence[str], split: str) -> list[list[Path]]:
     files = []
     for name in names:
         folder = find_table(name)
-        stage = read_card_metadata(folder).get("stage")
-        if stage != "prepared":
-            raise UserError(
-                f"{name} is a table of {stage}, not a prepared corpus.",
-                "Name the folder that `hf-csm prepare` has written, or such a dataset on the Hub.",
-            )
-        check_whole(folder, name)
-        check_schema(folder, UTTERANCE_FEATURES)
+        check_table(folder, "prepared", UTTERANCE_FEATURES, name=name)
         if folder.resolve() in name_of:
             raise UserError(
                 f"{name} and {name_of[folder.resolve()]} are one table.", "Name it once; a weight gives it more."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,6 +12,7 @@ import numpy as np
 from hf_csm.config import DatasetConfig, RunConfig
 from hf_csm.data.table import CARD_NAME
 from hf_csm.errors import UserError
+from hf_csm.files import replaced_file
 from hf_csm.mixture.groups import Group, expected_repeats
 from hf_csm.mixture.loader import mix
 from hf_csm.mixture.windows import (
@@ -155,11 +155,8 @@ class Description:
             for axes in (shares, repeats):
                 axes.grid(axis="x", alpha=0.3)
                 axes.set_axisbelow(True)
-            path = Path(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.tmp")
-            figure.savefig(part, format="png", metadata={"Software": None})
-        os.replace(part, path)
+            with replaced_file(path) as temporary:
+                figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def describe(config: RunConfig) -> Description:

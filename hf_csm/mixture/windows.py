@@ -15,9 +15,9 @@ import numpy as np
 from hf_csm.config import DatasetConfig, Source, Trait
 from hf_csm.data.labels import EMOTIONS
 from hf_csm.data.schema import WINDOW_FEATURES
-from hf_csm.data.table import ParquetRows, check_schema, nested_to_numpy, read_card_metadata, split_files
+from hf_csm.data.table import ParquetRows, nested_to_numpy, split_files
 from hf_csm.errors import UserError
-from hf_csm.hub import check_whole, find_table
+from hf_csm.hub import check_table, find_table
 from hf_csm.mixture.groups import MAX_CHOICES, Group, make_groups, read_traits
 from hf_csm.units import FRAME_RATE, Frames, Seconds, frames_to_seconds, seconds_to_frames
 
@@ -242,18 +242,15 @@ def _check_codecs(names: Sequence[str], folders: Sequence[Path], codec_sha256: s
     first: tuple[str, str] | None = None
     name_of: dict[Path, str] = {}
     for name, folder in zip(names, folders, strict=True):
-        metadata = read_card_metadata(folder)
-        if metadata.get("stage") != "codes":
-            raise UserError(f"{name} is not a table of codes.", f"Run `hf-csm encode {name} --out ...` first.")
-        check_whole(folder, name)
-        check_schema(folder, WINDOW_FEATURES, optional=("language",))  # tables of version 1 have no language
+        # Tables of version 1 have no language.
+        card = check_table(folder, "codes", WINDOW_FEATURES, name=name, optional=("language",))
         if folder.resolve() in name_of:
             raise UserError(
                 f"{name} and {name_of[folder.resolve()]} are one table, named twice in sources or replay.",
                 "Name it once; a weight gives it more.",
             )
         name_of[folder.resolve()] = name
-        found = metadata["codec_sha256"]
+        found = card["codec_sha256"]
         first = first or (name, found)
         if codec_sha256 is not None and found != codec_sha256:
             raise UserError(

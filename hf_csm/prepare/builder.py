@@ -287,15 +287,11 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
     def _generate_tables(self, shards: list[Shard]) -> Iterator[tuple[tuple[int, int], pa.Table]]:
         schema = UTTERANCE_FEATURES.arrow_schema
         for shard_index, shard in enumerate(shards):
-            rows: list[dict[str, Any]] = []
+            rows = self.rows(shard, Tally())
             table_index = 0
-            for row in self.rows(shard, Tally()):
-                rows.append(row)
-                if len(rows) == ROWS_PER_TABLE:
-                    yield (shard_index, table_index), pa.Table.from_pylist(rows, schema=schema)
-                    rows, table_index = [], table_index + 1
-            if rows:
-                yield (shard_index, table_index), pa.Table.from_pylist(rows, schema=schema)
+            while batch := list(islice(rows, ROWS_PER_TABLE)):
+                yield (shard_index, table_index), pa.Table.from_pylist(batch, schema=schema)
+                table_index += 1
 
 
 def config_options(config_class: type[CorpusConfig]) -> list[dataclasses.Field[Any]]:

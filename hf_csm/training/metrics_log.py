@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_csm.files import write_text_atomic
+
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,9 +29,7 @@ class MetricsLog:
         kept = []
         if resumed_step is not None and path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= resumed_step]
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        unfinished.replace(path)
+        write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_csm.files import replaced_file
+
 
 def plot_losses(metrics: Sequence[dict], path: Path, title: str) -> None:
     """Draw the loss of every step and of the evaluations, with the adapter and without, as PNG.
@@ -12,12 +14,10 @@ def plot_losses(metrics: Sequence[dict], path: Path, title: str) -> None:
     Args:
         metrics: lines of a metrics.jsonl; training lines have `loss`, evaluations `eval_loss` and `eval_base_loss`.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no display, no state
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for key, label, style in (
         ("loss", "training", {"color": "tab:blue", "alpha": 0.6}),
         ("eval_loss", "validation, adapter", {"color": "tab:orange", "marker": "o"}),
@@ -29,7 +29,5 @@ def plot_losses(metrics: Sequence[dict], path: Path, title: str) -> None:
     axes.set(title=title, xlabel="optimizer step", ylabel="weighted loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    unfinished = path.with_suffix(".tmp.png")
-    figure.savefig(unfinished, dpi=110)
-    pyplot.close(figure)
-    unfinished.replace(path)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -269,7 +269,7 @@ def test_bad_arguments_are_named(tables, arguments, problem, remedy):
 def test_tables_of_codes_repeated_and_missing_tables_are_named(tables, tmp_path):
     codes = write_random_codes(tmp_path / "codes", [RandomWindow("sad")])
     for given, problem in [
-        ([codes], "is a table of codes"),
+        ([codes], "is not a prepared corpus"),
         ([tables[0], f"{tables[0]}/."], "are one table"),
         ([tmp_path / "nothing"], "no such folder"),
         ([], "no tables"),
