@@ -169,7 +169,7 @@ def test_describe_prints_the_mixture_of_a_configuration_and_draws_it(codes, tmp_
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_plan_prints_what_the_workflow_script_needs_as_shell_assignments(tmp_path, capsys):
+def test_plan_prints_shell_assignments_for_the_workflow_script(tmp_path, capsys):
     (tmp_path / "codes" / "ravdess").mkdir(parents=True)
     config = tmp_path / "run.yaml"
     paths = [str(tmp_path / "codes" / "ravdess"), str(tmp_path / "codes" / "esd"), "user/hub"]

@@ -180,13 +180,16 @@ def test_every_command_is_documented():
     assert [name for name in subcommands() if f"hf-csm {name}" not in text] == []
 
 
-def test_the_documented_server_is_the_server():
-    """Paths, close codes and limits in docs/serving.md."""
+def test_documented_paths_codes_and_limits_are_those_of_the_server():
+    """Paths, status codes, close codes and limits in docs/serving.md."""
     text = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
     server = ROOT / "hf_csm/serving/server"
     paths, codes = (text.split(title)[1].split("\n\n")[1] for title in ("## HTTP", "Close codes:"))
     routes = re.findall(r'add_get\("([^"{]+)', (server / "app.py").read_text(encoding="utf-8"))
     assert sorted(re.findall(r"^\| `(/\S*)` \|", paths, re.MULTILINE)) == sorted(routes)
+    statuses = re.findall(r"(?:_error\(|status=)\s*(\d{3})\b", (server / "app.py").read_text(encoding="utf-8"))
+    http = text.split("## HTTP")[1].split("\n## ")[0]
+    assert set(re.findall(r"\b[1-5]\d\d\b", http)) == {"200", *statuses}
     names = set(re.findall(r"WSCloseCode\.(\w+)", (server / "session.py").read_text(encoding="utf-8"))) - {"OK"}
     assert {int(code) for code in re.findall(r"\b1\d{3}\b", codes)} == {WSCloseCode[name] for name in names}
     limits = Limits()

@@ -59,7 +59,7 @@ def config(tmp_path, tiny_moshi):
 
 
 @pytest.mark.slow
-def test_raw_corpora_become_an_adapter_and_a_second_run_skips_what_is_done(config, tmp_path):
+def test_raw_corpora_become_an_adapter_and_a_second_run_skips_finished_stages(config, tmp_path):
     command = ("--gpus", 0, "--config", config, "--raw", tmp_path / "raw", "--sample-seconds", 1)
     first = run(*command)
     assert first.returncode == 0, first.stdout + first.stderr

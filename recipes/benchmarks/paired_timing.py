@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing, pairs of measurements, the rows of a Markdown table.
+"""Shared by all benchmarks: timing, pairs of measurements, the rows of a Markdown table.
 
 Importing it puts the root of the repository on the path, for `tests.doubles`.
 """

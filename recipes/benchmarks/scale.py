@@ -34,7 +34,7 @@ from tests.doubles.msp_podcast import write_msp_podcast
 
 @dataclass
 class Run:
-    """What became of a command.
+    """Result of a command.
 
     Attributes:
         duration_s: wall time.

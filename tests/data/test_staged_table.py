@@ -157,7 +157,7 @@ def test_an_assembly_that_failed_keeps_parts_and_complete_files_and_drops_the_re
     assert pq.read_table(tmp_path / "out" / "data").num_rows == 6
 
 
-def test_only_what_was_staged_for_this_table_is_removed(tmp_path):
+def test_only_staging_folders_of_this_table_are_removed(tmp_path):
     abandoned = StagedTable(tmp_path / "out", "f" * 16).part("a")
     other = StagedTable(tmp_path / "out.v2", "f" * 16).part("a")
     for part in (abandoned, other):

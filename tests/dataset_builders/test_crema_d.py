@@ -96,7 +96,7 @@ def test_nothing_else_is_lost_or_counted(defective):
     assert len(ids) == 5 * 5 * 6 + 1 - 1 - 6 - 1
 
 
-def test_a_row_says_what_was_acted_and_what_was_heard(tmp_path):
+def test_a_row_has_the_acted_and_the_perceived_emotion(tmp_path):
     raw = write_crema_d(tmp_path, actors=(1001,), sentences=("IEO",))
     rows = {row["id"][8:]: row for row in hf_csm.load_corpus("crema_d", raw, split="train")}
     names = UTTERANCE_FEATURES
@@ -144,7 +144,7 @@ def test_every_name_of_the_corpus_is_known_and_counted_as_published(whole_grid):
     assert {u.language for u in utterances.values()} == {"en"}
 
 
-def test_clips_are_kept_whose_mp3_or_video_alone_is_damaged(whole_grid):
+def test_clips_with_a_damaged_mp3_or_video_are_kept(whole_grid):
     assert {"1076_MTI_NEU_XX", "1064_TIE_SAD_XX", "1064_IEO_DIS_MD"} <= whole_grid[0].keys()
 
 
@@ -273,7 +273,7 @@ def test_mp3s_alone_are_not_the_corpus(tmp_path):
         listing(touch(tmp_path, "AudioMP3/1001_DFA_ANG_XX.mp3", "VideoFlash/1001_DFA_ANG_XX.flv"))
 
 
-def test_without_a_source_the_error_says_where_the_audio_is():
+def test_a_missing_source_is_an_error_with_the_address_of_the_audio():
     with pytest.raises(UserError, match="github.com/CheyneyComputerScience/CREMA-D and git lfs pull .*--raw"):
         listing(None)
 

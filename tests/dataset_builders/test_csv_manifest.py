@@ -45,7 +45,7 @@ def clip(number, **changes):
 
 @pytest.mark.parametrize("name", ["mine.csv", "mine.tsv", "mine.jsonl", "Mine.CSV"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_table_says_what_its_clips_are(tmp_path, name, encoding):
+def test_clips_are_described_by_the_rows_of_the_table(tmp_path, name, encoding):
     table = write(tmp_path, ROWS, name, encoding=encoding)
     (tmp_path / "not_named.wav").write_bytes(b"x")
     for source in (table, tmp_path):
@@ -242,7 +242,7 @@ def test_absolute_paths_and_detours_are_fine_inside_the_folder(tmp_path):
         ("mine.jsonl", b'{"path": ["1.wav"]}\n', "'path' holds more than one value"),
     ],
 )
-def test_a_damaged_table_is_an_error_that_says_where(tmp_path, name, content, message):
+def test_a_damaged_table_is_an_error_with_its_position(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         listing(tmp_path)
@@ -259,7 +259,7 @@ def test_a_damaged_table_is_an_error_that_says_where(tmp_path, name, content, me
         (["a.csv", "b.tsv"], "2 sources"),
     ],
 )
-def test_what_is_not_one_table_is_an_error(tmp_path, sources, message):
+def test_sources_without_exactly_one_table_are_an_error(tmp_path, sources, message):
     (tmp_path / "sub").mkdir()
     for name in ("a.csv", "b.tsv", "a.txt"):
         (tmp_path / name).write_text("path,text,emotion,speaker\n")
@@ -267,6 +267,6 @@ def test_what_is_not_one_table_is_an_error(tmp_path, sources, message):
         listing([tmp_path / source for source in sources])
 
 
-def test_without_a_table_the_user_is_told_to_name_one():
+def test_a_missing_table_is_an_error():
     with pytest.raises(UserError, match="no table was given"):
         listing(None)

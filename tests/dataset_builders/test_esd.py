@@ -102,7 +102,7 @@ def test_the_held_out_speakers_are_women_and_men_of_both_languages(whole_grid):
 
 
 @pytest.mark.parametrize("name", sorted((*SPACED, "0001_000051", "0003_000401", "0016_000699")))
-def test_the_text_of_a_row_is_read_whatever_stands_between_its_columns(whole_grid, name):
+def test_the_text_of_a_row_is_read_with_any_separator(whole_grid, name):
     speaker, number = int(name[:4]), int(name[5:])
     expected = sentence(speaker, number)
     if speaker == 16:
@@ -159,7 +159,7 @@ def test_both_releases_in_one_folder_count_once(tmp_path):
     assert tally.counts == {("dropped", "second copy of a file"): 2}
 
 
-def test_without_emotion_folders_the_number_says_the_emotion(tmp_path):
+def test_without_emotion_folders_the_number_gives_the_emotion(tmp_path):
     raw = write_esd(tmp_path / "raw", speakers=(11,), numbers=(51, 401, 1_101))
     for path in [*raw.rglob("*.wav"), *raw.rglob("0011.txt")]:
         path.rename(tmp_path / path.name)
@@ -296,7 +296,7 @@ def test_a_speaker_without_transcript_is_an_error(tmp_path):
         listing(tmp_path)
 
 
-def test_languages_are_what_was_asked_for_and_the_rest_is_counted(tmp_path):
+def test_only_the_selected_languages_are_read_and_the_rest_is_counted(tmp_path):
     write_esd(tmp_path, speakers=(1, 11), numbers=(51, 52))
     (tmp_path / "0001/0001.txt").write_bytes(b"\xff\xfe\xff")
     utterances, tally = listing(tmp_path, languages="en")
@@ -352,7 +352,7 @@ def test_the_folder_of_another_corpus_is_recognised(tmp_path, corpus, name, titl
         make_builder(corpus, tmp_path).shards()
 
 
-def test_without_a_source_the_error_says_where_to_ask():
+def test_a_missing_source_is_an_error_with_the_address_of_the_authors():
     with pytest.raises(UserError, match="cannot be downloaded") as raised:
         listing(None)
     assert "https://hltsingapore.github.io/ESD" in raised.value.remedy

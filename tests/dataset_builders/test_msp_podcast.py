@@ -201,7 +201,7 @@ def test_speakers_of_two_partitions_stay_in_test_before_validation_before_train(
     }
 
 
-def test_the_test_sets_are_what_was_asked_for_and_speakers_of_the_others_do_not_train(tmp_path):
+def test_only_the_selected_test_sets_are_read_and_speakers_of_the_others_do_not_train(tmp_path):
     write(tmp_path, row(1, "Train", "1"), row(2, "Train", "2"), row(3, "Test1", "3"), row(4, "Test2", "2"))
     (tmp_path / "Audios" / "MSP-PODCAST_test3_0001.wav").write_bytes(b"RIFF")
     found, tally = listing(tmp_path, test_sets=("Test1",))
@@ -341,7 +341,7 @@ def test_a_row_that_makes_no_sense_is_an_error_that_names_it(tmp_path, changes, 
         (lambda raw: shutil.rmtree(raw / "Audios"), "no MSP-Podcast clips in there"),
     ],
 )
-def test_a_corpus_that_is_not_whole_is_an_error_that_says_what_is_wrong(tmp_path, break_it, message):
+def test_an_incomplete_or_damaged_corpus_is_an_error(tmp_path, break_it, message):
     break_it(write(tmp_path, row(1)))
     with pytest.raises(UserError, match=message) as error:
         listing(tmp_path)
@@ -373,7 +373,7 @@ def timed(*words):
         ("...", None, None, None, ["no transcript"]),
     ],
 )
-def test_text_and_words_are_what_transcript_and_text_grid_say_together(tmp_path, transcript, grid, text, words, noted):
+def test_text_and_words_combine_transcript_and_text_grid(tmp_path, transcript, grid, text, words, noted):
     write(tmp_path, row(1), row(2), text=False)
     for content, folder, suffix in ((transcript, "Transcripts", "txt"), (grid, "ForceAligned", "TextGrid")):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -393,7 +393,7 @@ def test_a_transcript_in_another_encoding_is_an_error_that_names_it(tmp_path):
         make_builder("msp_podcast", tmp_path).complete(utterance, Tally())
 
 
-def test_without_a_readable_source_the_user_is_told_what_to_do():
+def test_without_a_readable_source_the_error_names_a_remedy():
     with pytest.raises(UserError, match=r"cannot be downloaded.*\n.*lab-msp\.com"):
         listing(None)
     with pytest.raises(UserError, match=r"raw/Audios\.tar\.gz: the clips are still packed"):

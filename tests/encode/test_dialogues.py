@@ -142,7 +142,7 @@ def test_windows_with_room_for_the_prefix_are_no_longer_and_lose_nothing(tmp_pat
     assert sum(len(dialogues.words(segment)) for segment in dialogues.segments) == 60
 
 
-def test_what_is_left_out_is_counted(tmp_path):
+def test_skipped_recordings_are_counted(tmp_path):
     odd = [["w", [4.0, 4.0], "SPEAKER_MAIN"], ["w", [-1.0, 1.0], "SPEAKER_MAIN"], ["w", [30.0, 31.0], "SPEAKER_MAIN"]]
     rows = [
         write_dialogue(tmp_path, "a.wav", [*TALK, *odd], duration_s=8.9),

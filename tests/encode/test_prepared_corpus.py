@@ -74,7 +74,7 @@ def test_an_unknown_label_is_refused(tmp_path):
         plan_units(write_rows(tmp_path, VOTED), COMPOSITION, 1, "heard")
 
 
-def test_what_is_left_out_is_counted_by_reason(tmp_path):
+def test_skipped_rows_are_counted_by_reason(tmp_path):
     rows = [
         make_row("a1", "happy"),
         make_row("b1", None),

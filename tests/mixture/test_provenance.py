@@ -24,7 +24,7 @@ def edited(codes, folder, old, new):
     return folder
 
 
-def test_a_run_knows_its_corpora_their_terms_and_their_windows(codes, tmp_path):
+def test_the_provenance_of_a_run_has_corpora_licenses_and_windows(codes, tmp_path):
     other = edited(codes, tmp_path / "other", "fingerprint: ", "fingerprint: x")
     config = DatasetConfig(sources=[Source(str(codes))], emotions=["happy", "sad"], replay=Replay(str(other), 0.2))
     table = training_table(config, None)
@@ -61,7 +61,7 @@ def test_nor_does_an_edited_record(tmp_path):
     assert found.not_to_be_published and (found.license, found.num_windows) == ("other", 3)
 
 
-def test_a_manifest_is_of_the_corpus_that_the_card_beside_it_names_or_of_nobody(codes, tmp_path):
+def test_the_card_beside_a_manifest_gives_its_corpus(codes, tmp_path):
     (unknown,) = corpora_of(DatasetConfig(manifest_path=str(tmp_path / "talks.jsonl")))
     assert (unknown.corpus, unknown.license, unknown.table) == ("talks", "unknown", None)
     shutil.copy(codes / "README.md", tmp_path)
@@ -69,7 +69,7 @@ def test_a_manifest_is_of_the_corpus_that_the_card_beside_it_names_or_of_nobody(
     assert known.corpus == "ravdess"
 
 
-def test_what_a_run_goes_on_from_stays_in_its_weights(tmp_path):
+def test_the_provenance_includes_the_checkpoint_a_run_starts_from(tmp_path):
     old, new = CorpusTerms("esd", "ESD", "other"), CorpusTerms("ravdess", "RAVDESS", "mit", num_windows=2)
     assert with_earlier([new], tmp_path) == [new]
     write_corpora([old, CorpusTerms("ravdess", "RAVDESS", "mit", num_windows=1)], tmp_path)

@@ -40,7 +40,7 @@ def test_the_prefix_is_tokens_of_its_text():
     assert EmotionControl("none", emotions=("sad",)).tokens("sad", Letters()) == []
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_written_file_is_read_back(tmp_path):
     write_emotion_control(PREFIX, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["emotions.json"]
     assert read_emotion_control(tmp_path) == PREFIX
@@ -54,13 +54,13 @@ def test_what_is_written_is_read(tmp_path):
     }
 
 
-def test_a_model_that_says_nothing_takes_no_emotion(tmp_path):
+def test_a_model_without_emotion_control_takes_no_emotion(tmp_path):
     (tmp_path / "config.yaml").write_text("of: something else")
     assert read_emotion_control(tmp_path) == EmotionControl("none", emotions=())
 
 
 @pytest.mark.parametrize("part", ["", "adapter", "consolidated", "../best"])
-def test_a_checkpoint_takes_what_its_run_was_trained_on(checkpoint, part):
+def test_a_checkpoint_takes_the_emotions_of_its_run(checkpoint, part):
     checkpoint(trained=[{"sad": 3, "happy": 1, "other": 4, "unlabelled": 9}, {"calm": 1}])
     (checkpoint.folder.parent / "best").symlink_to(checkpoint.folder.name)
     assert read_emotion_control(checkpoint.folder / part) == EmotionControl(
@@ -68,7 +68,7 @@ def test_a_checkpoint_takes_what_its_run_was_trained_on(checkpoint, part):
     )
 
 
-def test_of_a_run_that_did_not_count_the_filter_is_known(checkpoint):
+def test_without_counts_the_filter_gives_the_emotions(checkpoint):
     checkpoint(emotions=["sad", "angry"])
     assert read_emotion_control(checkpoint.folder).emotions == ("sad", "angry")
     checkpoint()
@@ -78,12 +78,12 @@ def test_of_a_run_that_did_not_count_the_filter_is_known(checkpoint):
 @pytest.mark.parametrize(
     ("trained", "expected"), [([{"happy": 3}], ("happy",)), ([{"happy": 3}, {"sad": 1}], ()), ([{"other": 3}], ())]
 )
-def test_without_prefix_only_a_single_emotion_is_known(checkpoint, trained, expected):
+def test_without_prefix_only_a_single_emotion_is_listed(checkpoint, trained, expected):
     checkpoint(control="none", trained=trained)
     assert read_emotion_control(checkpoint.folder).emotions == expected
 
 
-def test_what_an_export_says_counts_more_than_the_run(checkpoint):
+def test_an_export_takes_precedence_over_the_run(checkpoint):
     checkpoint()
     write_emotion_control(PREFIX, checkpoint.folder)
     assert read_emotion_control(checkpoint.folder) == PREFIX
@@ -132,7 +132,7 @@ def test_a_file_of_another_version_is_read_as_far_as_it_is_known(tmp_path):
         (GOOD | {"step": "500"}, "step is '500'"),
     ],
 )
-def test_a_damaged_file_is_refused_with_what_is_wrong(tmp_path, content, complaint):
+def test_a_damaged_file_is_refused_with_a_reason(tmp_path, content, complaint):
     (tmp_path / "emotions.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(UserError) as error:
         read_emotion_control(tmp_path)

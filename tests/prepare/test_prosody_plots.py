@@ -58,7 +58,7 @@ def test_every_plot_exists_and_is_linked(tmp_path):
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(link[6:] for link in links)
 
 
-def test_the_same_rows_give_the_same_bytes_whatever_the_style(tmp_path):
+def test_the_same_rows_give_the_same_bytes_under_any_style(tmp_path):
     import matplotlib
 
     drawn = []

@@ -48,7 +48,7 @@ DATA = "Training data and what its licenses mean"
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a push gathers for the checkpoint of step 100."""
+    """Return the facts that a push collects for the checkpoint of step 100."""
     write_emotion_control(EmotionControl("prefix", "<{emotion}>", ("neutral", "sad"), BASE, None, 100), tmp_path)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"lora": {"rank": 64}, "optimizer": {"lr": 4e-6}, "seed": 7}))
@@ -242,7 +242,7 @@ def test_the_commands_of_the_card_parse(folder):
         build_parser().parse_args(shlex.split(command)[1:])
 
 
-def test_the_code_of_the_card_loads_what_was_pushed(hub, base_on_hub, run, monkeypatch):
+def test_the_code_of_the_card_loads_the_pushed_adapter(hub, base_on_hub, run, monkeypatch):
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # of PEFT's own questions
     push_model(run / "best", "user/moshiko-happy")
     card = ModelCard.load("user/moshiko-happy")

@@ -72,7 +72,7 @@ def test_a_checkpoint_with_a_truncated_or_missing_file_is_refused(checkpoint_dir
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_without_adapter_or_whose_base_is_gone_is_refused(checkpoint_dir, tmp_path):
+def test_a_checkpoint_without_adapter_or_base_is_refused(checkpoint_dir, tmp_path):
     config_path = checkpoint_dir / "adapter" / "adapter_config.json"
     config = json.loads(config_path.read_text())
     config_path.write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
@@ -83,7 +83,7 @@ def test_a_checkpoint_without_adapter_or_whose_base_is_gone_is_refused(checkpoin
         export_checkpoint(checkpoint_dir, tmp_path / "out")
 
 
-def test_an_export_says_which_emotions_the_run_was_trained_on(run, base_on_hub, tmp_path):
+def test_an_export_lists_the_emotions_of_the_run(run, base_on_hub, tmp_path):
     out = export_checkpoint(run / "best", tmp_path / "out")
     assert read_emotion_control(out) == EmotionControl("prefix", "({emotion})", ("happy",), base_on_hub, None, 10)
     assert read_corpora(out) == read_corpora(run)
@@ -130,7 +130,7 @@ def test_an_adapter_of_peft_alone_is_exported(run, base_on_hub, tmp_path):
     assert find_checkpoint(str(out)).lora_weights == out / "lora.safetensors"
 
 
-def test_what_has_no_adapter_is_refused_before_weights_are_fetched(hub, base_on_hub, tmp_path, capsys):
+def test_a_repository_without_adapter_is_refused_before_weights_are_downloaded(hub, base_on_hub, tmp_path, capsys):
     with pytest.raises(UserError, match="kyutai/tiny has no folder adapter/") as error:
         export_checkpoint(base_on_hub, tmp_path / "out")
     assert "Hub repository with an adapter" in error.value.remedy

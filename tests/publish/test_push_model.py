@@ -177,7 +177,7 @@ def test_the_number_of_requests_does_not_grow_with_the_checkpoint(hub, base_on_h
     assert len(hub.requests) <= 20, hub.requests
 
 
-# What is refused
+# Refused pushes
 
 
 ESD = CorpusTerms("esd", "ESD", "other", num_windows=4)

@@ -53,7 +53,7 @@ def test_the_best_checkpoint_is_pushed(hub, base_on_hub, config, run):
     check_push(config())  # the next run goes to the same place
 
 
-def test_what_is_pushed_does_not_shape_the_trajectory(config):
+def test_options_of_the_push_are_not_part_of_the_trajectory(config):
     assert options_of(config("user/other", True, merged=True)) == options_of(config(None))
 
 
@@ -130,7 +130,7 @@ def test_corpora_of_an_earlier_part_of_the_run_count(hub, base_on_hub, config, r
 
 
 @pytest.mark.parametrize("license, problem", [("cc-by-nc-nd-4.0", "the base model"), ("gpl-3.0", "does not allow")])
-def test_a_base_whose_license_forbids_it_stops_the_run_and_the_push(hub, base_on_hub, config, run, license, problem):
+def test_a_base_license_that_forbids_it_stops_run_and_push(hub, base_on_hub, config, run, license, problem):
     api = HfApi(token=next(token for token, user in hub.users.items() if user.name == "kyutai"))
     card = f"---\nlicense: {license}\n---\n# Tiny\n".encode()
     api.upload_file(repo_id=BASE, path_or_fileobj=card, path_in_repo="README.md")

@@ -102,7 +102,7 @@ def test_pushing_the_same_table_again_changes_nothing(hub, table):
     assert HfApi().dataset_info("user/ravdess").sha == before and len(puts(hub)) == num_puts
 
 
-def test_a_newer_state_of_the_table_replaces_the_older_and_leaves_what_is_not_of_it(hub, table):
+def test_a_newer_state_of_the_table_replaces_the_older_and_leaves_other_files(hub, table):
     push_table(table, "user/ravdess")
     upload = {"repo_id": "user/ravdess", "repo_type": "dataset"}
     HfApi().upload_file(path_or_fileobj=b"ours", path_in_repo="LICENSE", **upload)
@@ -124,14 +124,14 @@ def test_a_revision_is_a_branch_of_its_own(hub, table):
 FORBIDDEN = sorted(name for name, builder in BUILDERS.items() if builder.NOT_TO_BE_PUBLISHED)
 
 
-def test_the_corpora_that_nobody_may_pass_on_are_known():
+def test_the_corpora_that_may_not_be_distributed():
     assert {"esd", "msp_podcast"} <= set(FORBIDDEN) and "ravdess" not in FORBIDDEN
 
 
 @pytest.mark.parametrize("corpus", FORBIDDEN)
 @pytest.mark.parametrize("stage", ["prepared", "codes"])
 @pytest.mark.parametrize("edited", ["nothing", "card", "rows", "card but for its builder"])
-def test_what_may_not_be_passed_on_is_refused_whatever_its_card_says(hub, tmp_path, corpus, stage, edited):
+def test_tables_that_may_not_be_distributed_are_refused_even_with_an_edited_card(hub, tmp_path, corpus, stage, edited):
     in_card = "ravdess" if edited.startswith("card") else corpus
     in_rows = corpus if edited in ("nothing", "card") else "ravdess"
     builder = corpus if edited == "card but for its builder" else None
@@ -213,7 +213,7 @@ def test_a_repository_with_something_else_is_left_alone(hub, table, tmp_path):
         ]
 
 
-def test_what_is_to_be_private_does_not_go_to_a_public_repository(hub, table):
+def test_private_is_refused_for_a_public_repository(hub, table):
     push_table(table, "user/ravdess")
     with pytest.raises(UserError, match="is public"):
         push_table(table, "user/ravdess", private=True)
@@ -227,13 +227,13 @@ def test_what_is_to_be_private_does_not_go_to_a_public_repository(hub, table):
         ("user", "another/ravdess", "your token may not do this", "token that may write"),
         ("reader", "user/ravdess", "your token may not do this", "token that may write"),
         ("reader", "user/exists", "your token may not do this", "token that may write"),
-        ("nobody", "user/ravdess", "you are not logged in", "hf auth login"),
+        ("anonymous", "user/ravdess", "you are not logged in", "hf auth login"),
         ("hf_wrong", "user/ravdess", "does not accept your token", "hf auth login"),
     ],
 )
-def test_who_may_not_push_is_told_why(hub, table, tmp_path, capsys, who, repo_id, problem, remedy):
+def test_missing_write_access_is_an_error_with_a_remedy(hub, table, tmp_path, capsys, who, repo_id, problem, remedy):
     HfApi().create_repo("user/exists", repo_type="dataset")
-    tokens = {"user": hub.token, "reader": hub.add_user("user", can_write=False), "nobody": None}
+    tokens = {"user": hub.token, "reader": hub.add_user("user", can_write=False), "anonymous": None}
     token = tokens.get(who, who)
     with hub.connected(tmp_path / "home", token), pytest.raises(UserError) as error:
         push_table(table, repo_id)
@@ -289,7 +289,7 @@ print(json.dumps({"found": str(found), "num_train": len(read_columns(split_files
 """
 
 
-def test_what_is_pushed_streams_and_stays_when_the_network_is_gone(hub, table, tmp_path):
+def test_a_pushed_table_streams_and_is_cached_for_offline_use(hub, table, tmp_path):
     def run(script, **more):
         environment = hub.environment(tmp_path / "user home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | more
         ran = subprocess.run(

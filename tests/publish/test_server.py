@@ -56,7 +56,7 @@ def tone():
 
 
 @pytest.mark.slow
-def test_what_is_pushed_is_served_by_moshi_with_one_flag_and_by_us_alike(hub, checkpoint, tmp_path):
+def test_a_pushed_model_is_served_alike_by_moshi_and_hf_csm(hub, checkpoint, tmp_path):
     push_model(checkpoint, "user/happy")
     on_cpu = ["--device", "cpu", "--static", "none"]
     with ServerProcess(

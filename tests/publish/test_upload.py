@@ -34,14 +34,14 @@ def leftovers(run):
         ("user", "happy", "not the name of a Hub repository", "USER/NAME"),
         ("user", "another/happy", "your token may not do this", "token that may write"),
         ("reader", "user/happy", "your token may not do this", "token that may write"),
-        ("nobody", "user/happy", "you are not logged in", "hf auth login"),
+        ("anonymous", "user/happy", "you are not logged in", "hf auth login"),
         ("hf_wrong", "user/happy", "does not accept your token", "hf auth login"),
     ],
 )
-def test_who_may_not_push_is_told_why_in_two_lines(
+def test_missing_write_access_is_an_error_of_two_lines(
     hub, base_on_hub, run, tmp_path, capsys, who, repo_id, problem, remedy
 ):
-    tokens = {"user": hub.token, "reader": hub.add_user("user", can_write=False), "nobody": None}
+    tokens = {"user": hub.token, "reader": hub.add_user("user", can_write=False), "anonymous": None}
     token = tokens.get(who, who)
     with hub.connected(tmp_path / "home", token):
         assert cli.main(["push", str(run / "best"), "--repo-id", repo_id]) == 1
@@ -83,7 +83,7 @@ def test_every_place_where_a_push_can_break_leaves_it_to_the_next_one(hub, base_
 
 
 class Killing(list):
-    """Kills a process when the hub hears so many requests."""
+    """Kills a process when the Hub has received so many requests."""
 
     def __init__(self, pid, num_requests):
         super().__init__()

@@ -25,14 +25,14 @@ def write_adapter():
 
 @pytest.fixture(scope="session")
 def expressive(tiny_moshi, tmp_path_factory):
-    """An adapter that is told the emotion by prefix: happy, sad or angry. Do not write."""
+    """An adapter with an emotion prefix: happy, sad or angry. Do not write."""
     control = EmotionControl("prefix", "({emotion})", ("happy", "sad", "angry"), str(tiny_moshi))
     return _write_adapter(tiny_moshi, tmp_path_factory.mktemp("adapters") / "expressive", control)
 
 
 @pytest.fixture(scope="session")
 def calm(tiny_moshi, tmp_path_factory):
-    """An adapter of another rank that was trained for one emotion and is not told it. Do not write."""
+    """An adapter of another rank that was trained for one emotion, without prefix. Do not write."""
     control = EmotionControl("none", emotions=("calm",), base_model=str(tiny_moshi))
     return _write_adapter(tiny_moshi, tmp_path_factory.mktemp("adapters") / "calm", control, seed=1, rank=2)
 

@@ -78,7 +78,7 @@ def test_two_processes_equal_one_with_twice_the_micro_batches(straight, run_conf
 
 @pytest.mark.slow
 def test_processes_that_do_not_know_of_each_other_are_refused(run_options, tmp_path):
-    """Without a GPU and without being told, Accelerate runs each process for itself, all on the same folder."""
+    """On a CPU and without ACCELERATE_USE_CPU, Accelerate runs each process separately, all on the same folder."""
     assert "2 processes were started, but Accelerate uses 1" in run_two(run_options(), use_cpu="false", fails=True)
     assert not list((tmp_path / "run").glob("checkpoint_*"))
 

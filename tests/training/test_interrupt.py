@@ -37,7 +37,7 @@ def test_sigterm_after_ctrl_c_does_not_cut_the_checkpoint_short():
 
 @pytest.mark.parametrize(("environment", "goes_on"), [({"LOCAL_RANK": "0"}, False), ({}, True)])
 def test_only_a_launched_run_ends_with_its_parent(tmp_path, environment, goes_on):
-    """What `nohup python recipes/train.py` started goes on when its shell is gone."""
+    """A run started by `nohup python recipes/train.py` continues when its shell ends."""
     pid_file = tmp_path / "pid"
     child = (
         "import os, time, pathlib; from hf_csm.training.interrupt import stop_with_launcher; stop_with_launcher(); "

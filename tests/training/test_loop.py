@@ -39,7 +39,7 @@ def straight(tmp_path_factory, module_run_options):
     return run_dir
 
 
-def test_a_run_leaves_what_the_layout_promises(straight):
+def test_a_run_writes_the_documented_files(straight):
     assert {path.name for path in straight.iterdir()} == {
         "config.yaml",
         "corpora.json",
@@ -162,7 +162,7 @@ def test_best_is_named_again_after_a_kill_before_it_was(run_config, tmp_path):
     assert best.resolve() == target
 
 
-def test_a_run_says_what_it_trains_on(run_config, capsys):
+def test_a_run_prints_its_training_data(run_config, capsys):
     train(run_config(training__max_steps=1, training__eval_every=0), MOSHI)
     shown = capsys.readouterr().out
     assert "ravdess       happy" in shown
@@ -305,7 +305,7 @@ def test_a_validation_split_without_windows_is_refused(run_config, codes, tmp_pa
     ("variable", "value", "named"),
     [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "4 steps"), ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8")],
 )
-def test_what_accelerate_would_do_behind_the_loops_back_is_refused(run_config, monkeypatch, variable, value, named):
+def test_accelerate_settings_that_change_the_training_are_refused(run_config, monkeypatch, variable, value, named):
     from accelerate.state import AcceleratorState, PartialState
 
     monkeypatch.setenv(variable, value)

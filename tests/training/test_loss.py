@@ -62,7 +62,7 @@ def test_weighted_sum_and_stream_sums():
     }
 
 
-def test_a_weight_on_what_the_model_does_not_predict_is_a_bug():
+def test_a_weight_on_a_stream_that_is_not_predicted_is_an_assertion_error():
     masks = masks_of()
     output = TokenNLL(torch.zeros(CODES.shape), torch.zeros(CODES.shape, dtype=torch.bool))
     with pytest.raises(AssertionError, match="does not predict"):

@@ -1,7 +1,7 @@
 from hf_csm.training.plots import plot_losses
 
 
-def test_the_plot_is_a_png_with_what_there_is(tmp_path):
+def test_the_losses_of_a_run_are_drawn_as_png(tmp_path):
     metrics = [
         {"step": 0, "eval_loss": 3.0, "eval_base_loss": 3.0},
         {"step": 1, "loss": 2.5},

@@ -128,7 +128,7 @@ def test_gradients_are_finite_although_logits_are_not(model):
     model.zero_grad()
 
 
-def test_masked_nll_ignores_what_is_outside_the_mask():
+def test_masked_nll_ignores_positions_outside_the_mask():
     logits = torch.tensor([[[[0.0, 0.0], [float("nan"), float("nan")]]]], requires_grad=True)
     nll = masked_nll(logits, torch.tensor([[[1, -7]]]), torch.tensor([[[True, False]]]))
     torch.testing.assert_close(nll, torch.tensor([[[0.6931472, 0.0]]]))
@@ -214,7 +214,7 @@ def test_a_truncated_file_is_refused_by_its_name(tiny_moshi, tmp_path, name):
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_weights_of_another_size_than_the_config_says_are_refused(tiny_moshi, tmp_path):
+def test_weights_of_another_size_than_in_the_config_are_refused(tiny_moshi, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(tiny_moshi, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -234,7 +234,7 @@ def test_names_in_a_config_may_point_elsewhere(tiny_moshi, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c"])
-def test_what_is_neither_folder_nor_repository_is_refused(name):
+def test_a_name_that_is_neither_folder_nor_repository_is_refused(name):
     with pytest.raises(UserError, match="no such folder"):
         find_checkpoint(name)
 
@@ -311,7 +311,7 @@ def test_a_merged_repository_has_its_own_weights_and_the_codec_of_its_base(conne
     assert checkpoint.mimi_weights == find_checkpoint("user/base", "v1").mimi_weights
 
 
-def test_what_is_in_the_cache_needs_no_network(connected, monkeypatch):
+def test_cached_checkpoints_need_no_network(connected, monkeypatch):
     found = find_checkpoint("user/adapter")
     connected.fail_after(0)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

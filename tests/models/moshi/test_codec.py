@@ -24,7 +24,7 @@ def test_codes_have_every_codebook_of_the_codec(mimi):
     assert codes.dtype == np.int16
 
 
-def test_what_shares_a_batch_does_not_change_the_codes(mimi):
+def test_codes_do_not_depend_on_the_rest_of_the_batch(mimi):
     short, long = noise(7, 1), noise(30, 2)
     together = encode_waveforms(mimi, [short, long])
     np.testing.assert_array_equal(together[0], encode_waveforms(mimi, [short])[0])

@@ -110,7 +110,7 @@ def test_in_bfloat16_too(base, mimi):
     assert np.array_equal(tokens_of(said), expected)
 
 
-def test_the_seed_decides_what_is_sampled(make_engine):
+def test_the_seed_determines_the_samples(make_engine):
     engine = make_engine()
     conversations = []
     for seed in (1, 1, 2):
@@ -215,7 +215,7 @@ def test_words_are_forced_in_their_slot_after_the_forced_text(make_engine, base)
         engine.force_words(0, words)
 
 
-def test_a_step_runs_on_the_device_of_the_model_whatever_the_thread(make_engine, monkeypatch):
+def test_a_step_runs_on_the_device_of_the_model_in_any_thread(make_engine, monkeypatch):
     """Every thread begins with the first GPU, and CUDA graphs are captured on the current one."""
     engine, current, seen = make_engine(), [0], []
 

@@ -47,7 +47,7 @@ def exported(model, base, tmp_path):
 
 
 @pytest.mark.parametrize("names", [PROJECTIONS, ["out_projs"], "all-linear"])
-def test_what_moshi_loads_is_the_trained_model(base, tmp_path, names):
+def test_the_model_that_moshi_loads_is_the_trained_one(base, tmp_path, names):
     model = random_adapter(base, names=names)
     folder = export_adapter(model, base, tmp_path / "native")
     save_adapter(model, tmp_path / "adapter")
@@ -145,7 +145,7 @@ def test_weights_that_moshi_could_not_load_are_an_error(exported, base, damage, 
     assert complaint in str(error.value)
 
 
-def test_a_weight_off_by_little_is_an_error_that_says_by_how_much(exported, adapter, base):
+def test_a_slightly_different_weight_is_an_error_with_the_difference(exported, adapter, base):
     state = load_file(exported / "lora.safetensors")
     state["transformer.layers.0.gating.linear_in.lora_A.weight"][0, 0] += 0.25
     save_file(state, exported / "lora.safetensors")
@@ -161,7 +161,7 @@ def test_another_scaling_is_an_error(exported, adapter, base):
         verify_export(exported, adapter, base)
 
 
-def test_another_base_is_an_error_that_says_how_far_off_the_logits_are(exported, adapter, base, tiny_moshi, tmp_path):
+def test_another_base_is_an_error_with_the_difference_of_the_logits(exported, adapter, base, tiny_moshi, tmp_path):
     weights = load_file(tiny_moshi / "model.safetensors")
     weights["text_linear.weight"] = weights["text_linear.weight"] * 1.5
     save_file(weights, tmp_path / "other.safetensors")

@@ -28,7 +28,7 @@ def stream(policy, sampled):
     return [policy.follow(token) for token in sampled]
 
 
-def test_moshi_says_when_and_the_script_says_what():
+def test_moshi_times_the_words_of_the_script():
     policy = script(words=[[20], [21, 22], [23]])
     sampled = [PAD, PAD, START, PAD, START, PAD, PAD, END_OF_PAD, PAD, PAD, START, END_OF_PAD]
     # The end of padding goes before a word, unless the word before it has only just ended.
@@ -38,7 +38,7 @@ def test_moshi_says_when_and_the_script_says_what():
     assert policy.last_frame == 8
 
 
-def test_what_goes_on_with_a_word_begins_none():
+def test_a_continued_word_does_not_begin_the_next():
     assert stream(script(), [PAD, MIDDLE, MIDDLE, START, PAD]) == [PAD, PAD, PAD, END_OF_PAD, 20]
 
 
@@ -53,7 +53,7 @@ def test_pauses_are_capped_so_that_every_text_ends():
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("num_given", [0, 2])
 def test_the_text_is_laid_out_as_in_training(seed, num_given):
-    """Whatever Moshi samples, the stream is what training makes of the words at the times at which they began."""
+    """For any samples, the stream equals that of training for the same words and begin times."""
     rng = np.random.default_rng(seed)
     sampled = rng.choice([PAD, END_OF_PAD, START, MIDDLE], size=60, p=[0.6, 0.15, 0.15, 0.1]).tolist()
     policy = script(num_given, words=WORDS)

@@ -168,7 +168,7 @@ def test_saved_and_loaded_over_another_seed_is_the_same(base, codes, tmp_path):
     assert torch.equal(nll(load_adapter(copy.deepcopy(base), tmp_path), codes), expected)
 
 
-def test_peft_loads_what_was_saved(base, codes, tmp_path):
+def test_peft_loads_the_saved_adapter(base, codes, tmp_path):
     model = with_lora(base, train=codes)
     save_adapter(model, tmp_path)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base.lm), str(tmp_path))
@@ -216,5 +216,5 @@ def test_dropout_with_gradient_checkpointing_is_refused(tiny_moshi):
         add_lora(model, rank=2, alpha=4, target_modules="all-linear", dropout=0.1)
 
 
-def test_the_saved_pattern_is_short_whatever_the_number_of_layers(base):
+def test_the_length_of_the_saved_pattern_does_not_depend_on_the_number_of_layers(base):
     assert len(lora_config(with_lora(base)).target_modules) < 500

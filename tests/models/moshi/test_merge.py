@@ -180,14 +180,14 @@ def test_an_adapter_of_another_base_is_named_with_layer_shape_and_rank(model, ba
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_base_that_is_cut_short_is_an_error(model, base, tmp_path):
+def test_a_truncated_base_is_an_error(model, base, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(base.moshi_weights.read_bytes()[:-10])
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(UserError, match="damaged or truncated"):
         merge_adapter(tmp_path / "adapter", replace(base, moshi_weights=tmp_path / "cut.safetensors"), tmp_path)
 
 
-def test_a_disk_that_changes_what_is_written_is_noticed(model, base, tmp_path, monkeypatch):
+def test_data_that_the_disk_changes_are_detected(model, base, tmp_path, monkeypatch):
     replace_file = os.replace
 
     def damage_and_replace(source, target):

@@ -51,7 +51,7 @@ def stocks(base, adapter, dtype=torch.bfloat16):
 
 
 def logits(lm, batch_size=1):
-    """Return `[B, ...]`, the logits of every row, all of which hear the same, computed step by step."""
+    """Return `[B, ...]`, the logits of every row for the same input, computed step by step."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(lm.card, (1, lm.num_codebooks, NUM_FRAMES), generator=generator).repeat(batch_size, 1, 1)
     found = []

@@ -1,4 +1,4 @@
-"""What the page sends: steering messages, and the audio of a muted microphone."""
+"""Messages of the page: steering messages, and the audio of a muted microphone."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_intermediate_choices_are_not_sent(talking):
     page.evaluate("document.querySelector('[value=angry]').click(), document.querySelector('#now').click()")
     expect(page.locator("#steering")).to_have_text("Now: expressive, angry, 1.00.")
     page.wait_for_timeout(300)
-    assert [(told["emotion"], told.get("now")) for told in controls(sent)[1:]] == [("angry", True)]
+    assert [(message["emotion"], message.get("now")) for message in controls(sent)[1:]] == [("angry", True)]
 
 
 def test_page_warns_that_a_previous_emotion_persists(talking):

@@ -65,7 +65,7 @@ def test_audio_and_text_match_moshi_server(fake_model, serving):
                 else:
                     texts.append(message[1:].decode())
             assert kinds[:6] == [1, 2, 1, 1, 1, 2] and texts == [" w17", " w18"]
-            # What the engine heard and said came through one reader and one writer each.
+            # Input and output of the engine pass through one reader and one writer each.
             np.testing.assert_array_equal(heard, through_opus(through_opus(audio))[:11])
             assert served.count("sessions_active") == 1
         assert served.count("sessions_total") == 1 and served.count("sessions_active") == 0
@@ -78,7 +78,7 @@ def test_moshi_client_works_unchanged(fake_model, serving, monkeypatch):
     played = []
 
     class Stream:
-        """What `sounddevice` would call with every 80 ms, from its own thread."""
+        """Callback of `sounddevice`, called every 80 ms from its own thread."""
 
         def __init__(self, *, callback, blocksize, **_):
             self.callback, self.blocksize = callback, blocksize
