@@ -249,7 +249,7 @@ def test_a_table_that_cannot_be_trusted_is_an_error_that_names_it(tmp_path, tabl
 def test_a_table_of_other_clips_is_an_error_with_the_first_names(tmp_path):
     names = list(clip_names((1001,)))
     touch(tmp_path, *(f"{name}.wav" for name in names[:-10]), summaryTable=summary_csv(names))
-    with pytest.raises(UserError, match=r"10 of 82 clips: in summaryTable\.csv without a wav: 1001_.* and 5 more"):
+    with pytest.raises(UserError, match=r"10 of 82 .*summaryTable\.csv.*: 1001_.* 5 more"):
         listing(tmp_path)
 
 
@@ -274,7 +274,7 @@ def test_mp3s_alone_are_not_the_corpus(tmp_path):
 
 
 def test_a_missing_source_is_an_error_with_the_address_of_the_audio():
-    with pytest.raises(UserError, match="github.com/CheyneyComputerScience/CREMA-D and git lfs pull .*--raw"):
+    with pytest.raises(UserError, match="github.com/CheyneyComputerScience/CREMA-D.*git lfs pull.*--raw"):
         listing(None)
 
 

@@ -107,7 +107,7 @@ def test_a_path_named_twice_is_a_second_copy_and_a_missing_file_is_dropped(tmp_p
     assert len(found) == 99
     assert tally.counts == {("dropped", "second copy of a file"): 1, ("dropped", "row without its file"): 1}
     (tmp_path / "8.wav").unlink()
-    with pytest.raises(UserError, match=r"2 of 100 clips: row without its file: 8\.wav, 9\.wav"):
+    with pytest.raises(UserError, match=r"2 of 100 .*without its file: 8\.wav, 9\.wav"):
         listing(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_fewer_than_three_speakers_all_train_and_this_is_noted(tmp_path):
 
 def test_a_speaker_in_two_splits_is_an_error(tmp_path):
     write(tmp_path, [clip(1), clip(2, split="test")])
-    with pytest.raises(UserError, match="Speaker mine-s is in two splits"):
+    with pytest.raises(UserError, match="mine-s.* two splits"):
         listing(tmp_path)
 
 

@@ -285,14 +285,14 @@ def test_two_rows_for_a_clip_that_differ_are_noted(tmp_path):
 
 
 def test_too_many_clips_without_a_row_are_an_error_with_their_names(tmp_path):
-    with pytest.raises(UserError, match=r"6 of 200 clips: no row in its speaker's transcript: 0011_000245\.wav, "):
+    with pytest.raises(UserError, match=r"6 of 200 .*no row in its speaker's transcript: 0011_000245\.wav, "):
         listing(full_speaker(tmp_path, lambda rows: rows[:-6]))
 
 
 def test_a_speaker_without_transcript_is_an_error(tmp_path):
     write_silent(tmp_path, 11, (51, 52), b"")
     (tmp_path / "0011/0011.txt").unlink()
-    with pytest.raises(UserError, match="2 of 2 clips: no row in its speaker's transcript"):
+    with pytest.raises(UserError, match="2 of 2 .*no row"):
         listing(tmp_path)
 
 
@@ -302,7 +302,7 @@ def test_only_the_selected_languages_are_read_and_the_rest_is_counted(tmp_path):
     utterances, tally = listing(tmp_path, languages="en")
     assert sorted(utterances) == ["0011_000051", "0011_000052"]
     assert tally.counts == {("dropped", "Mandarin was not selected"): 2}
-    with pytest.raises(UserError, match="no ESD clips are left: .*2 English was not selected"):
+    with pytest.raises(UserError, match="no ESD clips.*2 English was not selected"):
         shutil.rmtree(tmp_path / "0001")
         listing(tmp_path, languages=["zh"])
 
@@ -316,7 +316,7 @@ def test_other_languages_are_an_error(languages):
 def test_a_clip_in_the_folder_of_another_emotion_is_an_error(tmp_path):
     write_silent(tmp_path, 11, (51,), rows_of(11, (51,)).encode())
     (tmp_path / "0011/Neutral").rename(tmp_path / "0011/Sad")
-    with pytest.raises(UserError, match=r"0011_000051\.wav: in the folder Sad, but clip 51 is Neutral"):
+    with pytest.raises(UserError, match=r"0011_000051\.wav.* Sad.* 51 is Neutral"):
         listing(tmp_path)
 
 

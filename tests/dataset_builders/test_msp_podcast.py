@@ -293,7 +293,7 @@ def test_copies_of_one_table_are_one_and_two_tables_are_mixed_releases(tmp_path)
     write(tmp_path / "again", row(1), table="labels_concensus.csv")
     assert len(listing(tmp_path)[0]) == 1
     write(tmp_path / "again", row(1, emotion="H"), table="labels_concensus.csv")
-    with pytest.raises(UserError, match=r"labels_consensus\.csv and .*labels_concensus\.csv differ: .* two releases"):
+    with pytest.raises(UserError, match=r"labels_consensus\.csv.*labels_concensus\.csv differ"):
         listing(tmp_path)
 
 
@@ -396,5 +396,5 @@ def test_a_transcript_in_another_encoding_is_an_error_that_names_it(tmp_path):
 def test_without_a_readable_source_the_error_names_a_remedy():
     with pytest.raises(UserError, match=r"cannot be downloaded.*\n.*lab-msp\.com"):
         listing(None)
-    with pytest.raises(UserError, match=r"raw/Audios\.tar\.gz: the clips are still packed"):
+    with pytest.raises(UserError, match=r"raw/Audios\.tar\.gz.* packed"):
         listing("raw/Audios.tar.gz")

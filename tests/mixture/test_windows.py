@@ -121,13 +121,13 @@ def test_filters_do_not_apply_to_replay_and_it_is_in_no_group(esd, ravdess):
     replay = table.replay_group()
     assert replay.is_replay
     assert {table.emotions[row] for row in replay.rows} == {"happy", "calm", None}
-    with pytest.raises(UserError, match="'calm', which no training window has"):
+    with pytest.raises(UserError, match="'calm'.* no training window"):
         train(esd, emotions=["calm"], replay=Replay(str(ravdess), 0.1))
 
 
 def test_replay_without_training_windows_is_an_error(esd, tmp_path):
     held_out = write_random_codes(tmp_path / "held_out", [RandomWindow(None, split="test")])
-    with pytest.raises(UserError, match=r"held_out, which has no training windows"):
+    with pytest.raises(UserError, match=r"held_out.* no training windows"):
         train(esd, replay=Replay(str(held_out), 0.1))
 
 
@@ -163,7 +163,7 @@ def test_the_number_of_windows_left_out_is_reported_for_each_source(esd, ravdess
 def test_a_table_without_a_language_column_has_no_languages(tmp_path):
     old = write_random_codes(tmp_path / "old", [RandomWindow("sad")] * 2, without=("language",))
     assert train(old).languages == [None, None]
-    with pytest.raises(UserError, match=r"dataset.languages has 'en'.*\nThe tables have none."):
+    with pytest.raises(UserError, match=r"dataset.languages.* 'en'.*\n.*tables have none"):
         train(old, languages=["en"])
 
 
@@ -186,7 +186,7 @@ def test_tables_of_different_codecs_are_refused(tmp_path, codec_sha256, named):
 
 def test_a_prepared_table_is_refused_as_codes(prepared, monkeypatch):
     monkeypatch.setattr(hf_csm.mixture.windows, "find_table", lambda name, revision=None: prepared)
-    with pytest.raises(UserError, match="user/a is not a table of codes.\nRun `hf-csm encode user/a "):
+    with pytest.raises(UserError, match="user/a .*table of codes.*\n.*hf-csm encode user/a "):
         WindowTable([Source("user/a")], "train", codec_sha256=None)
 
 

@@ -57,7 +57,7 @@ def test_the_second_clip_of_an_id_is_dropped_and_counted():
 
 @pytest.mark.parametrize("field", ["emotion_raw", "emotion_perceived_raw"])
 def test_an_unknown_label_is_refused_before_any_audio_is_read(field):
-    with pytest.raises(UserError, match=r"00001\.wav: unknown emotion label 'Q'"):
+    with pytest.raises(UserError, match=r"00001\.wav.* label 'Q'"):
         list_clips([dataclasses.replace(clip(1), **{field: "Q"})], LABELS, "C")
 
 
@@ -83,7 +83,7 @@ def test_more_than_one_percent_of_faults_is_refused_with_the_first_five_names(nu
     found = [clip(n, f"s{n}") for n in range(100)]
     found += [Skipped(f"x{n}.wav", "no audio of this name", is_fault=True) for n in range(num_faults)]
     if is_refused:
-        with pytest.raises(UserError, match=r"2 of 102 clips: no audio of this name: x0\.wav, x1\.wav"):
+        with pytest.raises(UserError, match=r"2 of 102 .*no audio.* x0\.wav, x1\.wav"):
             list_clips(found, LABELS, "C")
         return
     _, tally = list_clips(found, LABELS, "C")

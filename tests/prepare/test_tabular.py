@@ -65,5 +65,5 @@ def test_a_damaged_table_is_an_error_of_two_lines_that_names_it(tmp_path, name, 
 
 
 def test_text_that_is_not_utf_8_is_an_error_that_names_the_byte(tmp_path):
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 text \(.* at byte 3\)"):
+    with pytest.raises(UserError, match=r"a\.txt.* UTF-8.* byte 3\b"):
         read_text(member(tmp_path, "a.txt", b"caf\xe9!"))

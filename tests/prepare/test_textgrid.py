@@ -109,7 +109,7 @@ def test_silences_are_not_words(silence):
 @pytest.mark.parametrize("text", [LONG, SHORT])
 def test_a_truncated_file_is_an_error(text):
     for num_characters in range(len(text.rstrip())):
-        with pytest.raises(UserError, match=r"^a\.TextGrid: the TextGrid cannot be read"):
+        with pytest.raises(UserError, match=r"^a\.TextGrid.* cannot be read"):
             read_words(text[:num_characters].encode(), "a.TextGrid")
 
 

@@ -89,7 +89,7 @@ def test_license_names_are_valid_on_the_hub():
 @pytest.mark.parametrize(
     ("corpora", "base", "problem"),
     [
-        ([RAVDESS], "cc-by-nd-4.0", "the base model kyutai/x is under cc-by-nd-4.0: derived material"),
+        ([RAVDESS], "cc-by-nd-4.0", "kyutai/x is under cc-by-nd-4.0"),
         ([OWN], "CC-BY-NC-ND-4.0", "the base model kyutai/x is under cc-by-nc-nd-4.0"),
         ([OWN], "mit, cc-by-nc-nd-4.0", "the base model kyutai/x is under cc-by-nc-nd-4.0"),
         ([RAVDESS], "cc-by-sa-4.0", "RAVDESS requires .*; the base model kyutai/x"),
@@ -121,10 +121,10 @@ def test_clauses_are_recognized_in_any_spelling(license):
 
 @pytest.mark.parametrize("license", ["foo", "cc-by", "Apache 2", "mit, foo"])
 def test_an_unknown_license_id_is_refused(license):
-    with pytest.raises(UserError, match="which is no license id of the Hub") as error:
+    with pytest.raises(UserError, match="no license id") as error:
         check_licenses([terms("own", license)], "ann/x", private=False)
     assert "--license-of own=ID" in error.value.remedy
-    with pytest.raises(UserError, match="which is no license id of the Hub") as error:
+    with pytest.raises(UserError, match="no license id") as error:
         with_stated([UNSTATED], {"dialogues": license})
     assert "repositories-licenses" in error.value.remedy
 
@@ -144,7 +144,7 @@ def test_terms_allow_takes_only_corpora_of_the_training_data():
 
 def test_a_language_without_iso_code_is_refused():
     check_card_values([terms("own", "mit", languages=["en", "gsw"])], "ann/x")
-    with pytest.raises(UserError, match="'English', which is no language code") as error:
+    with pytest.raises(UserError, match="'English'.* no language code") as error:
         check_card_values([terms("own", "mit", languages=["English"])], "ann/x")
     assert "ISO 639" in error.value.remedy and "corpora.json" in error.value.remedy
 

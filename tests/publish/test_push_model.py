@@ -246,13 +246,13 @@ def test_adapter_and_merged_model_and_those_of_other_bases_do_not_replace_each_o
     api = HfApi()
     push_model(run / "best", "user/adapter")
     push_model(run / "best", "user/merged", merged=True)
-    with pytest.raises(UserError, match="holds an adapter of kyutai/tiny"):
+    with pytest.raises(UserError, match="adapter of kyutai/tiny"):
         push_model(run / "best", "user/adapter", merged=True)
-    with pytest.raises(UserError, match="holds a merged model of kyutai/tiny"):
+    with pytest.raises(UserError, match="merged model of kyutai/tiny"):
         push_model(run / "best", "user/merged")
     api.create_repo("user/same-base")
     api.upload_folder(repo_id="user/same-base", folder_path=find_checkpoint(BASE).moshi_weights.parent)
-    with pytest.raises(UserError, match="holds an adapter of kyutai/tiny"):
+    with pytest.raises(UserError, match="adapter of kyutai/tiny"):
         push_model(local_run / "best", "user/adapter", base_model="user/same-base")
 
 

@@ -185,7 +185,7 @@ def test_a_token_that_may_only_read_stops_the_run(hub, base_on_hub, config, tmp_
 def test_a_repository_with_something_else_stops_the_run(hub, base_on_hub, config):
     HfApi().create_repo("user/happy")
     HfApi().upload_file(repo_id="user/happy", path_or_fileobj=b"x", path_in_repo="pytorch_model.bin")
-    with pytest.raises(UserError, match="exists and holds something other"):
+    with pytest.raises(UserError, match="holds something other"):
         check_push(config())
 
 

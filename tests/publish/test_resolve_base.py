@@ -31,9 +31,9 @@ def test_another_base_than_the_trained_one_is_refused(hub, base_on_hub, local_ru
     api.upload_file(repo_id="user/other", path_or_fileobj=bytes(weights), path_in_repo="model.safetensors")
     with pytest.raises(UserError, match="no file identical to .*model.safetensors"):
         push_model(local_run / "best", "user/happy", base_model="user/other", merged=merged)
-    with pytest.raises(UserError, match="was trained on kyutai/tiny, not on user/other"):
+    with pytest.raises(UserError, match="trained on kyutai/tiny.* user/other"):
         push_model(run / "best", "user/happy", base_model="user/other", merged=merged)
-    with pytest.raises(UserError, match="user/none, the base model: the Hub has no such repository"):
+    with pytest.raises(UserError, match="user/none.* base model.* no such repository"):
         push_model(local_run / "best", "user/happy", base_model="user/none", merged=merged)
     assert not api.repo_exists("user/happy")
 

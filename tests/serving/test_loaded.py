@@ -187,7 +187,7 @@ def test_out_of_memory_is_reported(tiny_moshi, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("hf_csm.models.moshi.engine.load_moshi", no_memory)
-    with pytest.raises(UserError, match="does not fit in device memory with 1 slot"):
+    with pytest.raises(UserError, match="device memory with 1 slot"):
         load_model([str(tiny_moshi)], device="cpu")
 
 

@@ -134,7 +134,7 @@ def test_a_run_resumed_beyond_its_last_step_ends(straight, run_config):
 
 def test_a_branch_is_not_mixed_with_the_later_checkpoints_of_its_run(straight, run_config):
     config = run_config(run_dir=straight, resume_from_checkpoint=straight / "checkpoint_000005")
-    with pytest.raises(UserError, match=r"up to checkpoint_000010; checkpoint_000005 is an earlier"):
+    with pytest.raises(UserError, match=r"checkpoint_000010.*checkpoint_000005.* earlier"):
         train(config, MOSHI)
     assert [path.name for path in list_checkpoints(straight)] == ["checkpoint_000005", "checkpoint_000010"]
 

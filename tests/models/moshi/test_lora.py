@@ -183,7 +183,7 @@ def test_peft_loads_the_saved_adapter(base, codes, tmp_path):
 
 def test_another_rank_is_refused_with_both_ranks(base, tmp_path):
     save_adapter(with_lora(base, rank=2), tmp_path)
-    with pytest.raises(UserError, match="has rank 2, the model's has rank 4"):
+    with pytest.raises(UserError, match="rank 2.* rank 4"):
         load_adapter(with_lora(base, rank=4), tmp_path)
 
 

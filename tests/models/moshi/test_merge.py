@@ -89,7 +89,7 @@ def test_a_weight_that_is_not_the_merged_one_is_an_error(out, adapter, base):
     weights = load_file(out / "model.safetensors")
     weights["text_linear.weight"] *= 1.5
     save_file(weights, out / "model.safetensors")
-    with pytest.raises(ExportError, match=r"text_linear\.weight is not the merged weight"):
+    with pytest.raises(ExportError, match=r"text_linear\.weight.* merged"):
         check_merged(out / "model.safetensors", *read_adapter(adapter), base)
     with pytest.raises(ExportError, match="off by up to"):
         verify_export(out, adapter, base)
