@@ -88,10 +88,11 @@ class CremaD(CorpusBuilder):
     HOW_TO_GET = f"git clone {HOMEPAGE} and git lfs pull in it (or git clone {MIRROR})"
     LABELS = {**EMOTIONS, **VOTES}
     FILE_NAME = FILE_NAME
+    NAMES_ARE = "1001_IEO_ANG_HI.wav: actor, sentence, emotion, level"
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
         """Read the file names, and the tables that exist."""
-        clips = list(named_clips(members))
+        clips = list(self.named_clips(members))
         check_no_pointers([member for member, _ in clips])
         tables = {member.file_name.lower(): member for member in reversed(members)}  # the topmost of several
         genders = read_genders(tables.get("videodemographics.csv"))
@@ -124,24 +125,6 @@ class CremaD(CorpusBuilder):
             )
         for name in sorted(votes.keys() - names):
             yield Skipped(name, "in summaryTable.csv without a wav", is_fault=True)
-
-
-def named_clips(members: Sequence[Member]) -> Iterator[tuple[Member, re.Match[str]]]:
-    """Yield the wavs and the matches of their names.
-
-    Raises:
-        UserError: a wav has another name.
-    """
-    for member in members:
-        if not member.file_name.lower().endswith(".wav"):
-            continue
-        match = FILE_NAME.fullmatch(member.file_name)
-        if match is None:
-            raise UserError(
-                f"{member}: not a CREMA-D file name.",
-                "Names are as 1001_IEO_ANG_HI.wav: actor, sentence, emotion, level. Remove it or name another folder.",
-            )
-        yield member, match
 
 
 def check_no_pointers(clips: Sequence[Member]) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from hf_csm.errors import UserError
@@ -35,8 +35,10 @@ NUM_SENTENCES = 350
 LANGUAGES = {"en": "English", "zh": "Mandarin"}
 FIRST_ENGLISH_SPEAKER = 11
 MEN = frozenset((4, 5, 6, 8, 10, 11, 12, 13, 14, 20))
-VALIDATION_SPEAKERS, LAST_VALIDATION_SENTENCE = (7, 8, 14, 17), 20
-TEST_SPEAKERS, LAST_TEST_SENTENCE = (9, 10, 18, 20), 50
+HELD_OUT_SPEAKERS = {"validation": (7, 8, 14, 17), "test": (9, 10, 18, 20)}
+"""A woman and a man per language in each split."""
+HELD_OUT_SENTENCES = {"validation": range(1, 21), "test": range(21, 51)}
+"""As in the official partition."""
 
 # The last column of a transcript row. It is not read: folder and number give the same in one spelling.
 CHINESE_LABELS = ("中立", "生气", "快乐", "伤心", "惊喜", "开心", "愤怒", "惊讶")
@@ -83,21 +85,15 @@ class Esd(CorpusBuilder):
     HOMEPAGE = "https://hltsingapore.github.io/ESD/"
     LABELS = EMOTIONS
     FILE_NAME = FILE_NAME
+    NAMES_ARE = "0011_000351.wav: speaker and number"
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
         """Read the file names and the transcripts of the selected speakers."""
-        clips: list[tuple[Member, re.Match[str]]] = []
+        clips = list(self.named_clips(members))
         transcripts: dict[str, Member] = {}
         for member in members:
             if match := TRANSCRIPT_NAME.fullmatch(member.file_name):
                 transcripts.setdefault(match["speaker"], member)  # the topmost of several
-            elif match := FILE_NAME.fullmatch(member.file_name):
-                clips.append((member, match))
-            elif member.file_name.lower().endswith(".wav"):
-                raise UserError(
-                    f"{member}: not an ESD file name.",
-                    "Names are speaker and number, as in 0011_000351.wav. Remove it or name another folder.",
-                )
         texts: dict[str, str] = {}
         for speaker, member in transcripts.items():
             if language_of(speaker) in self.config.languages:
@@ -141,8 +137,8 @@ def describe(member: Member, match: re.Match[str], text: str, language: str) -> 
             f"{member}: in the folder {folder}, but clip {number:,} is {emotion}.",
             "Move it to its folder, or get it from the corpus again.",
         )
-    split = split_of_speaker(speaker)
-    if split != split_of_sentence(sentence):
+    split = split_of(speaker, HELD_OUT_SPEAKERS)
+    if split != split_of(sentence, HELD_OUT_SENTENCES):
         return Skipped(member, "speaker and sentence are of two splits")
     return Utterance(
         id=f"esd-{match.string[: -len('.wav')]}",
@@ -167,16 +163,9 @@ def language_of(speaker: str) -> str:
     return "en" if int(speaker) >= FIRST_ENGLISH_SPEAKER else "zh"
 
 
-def split_of_speaker(speaker: int) -> str:
-    """Return the split of a speaker; validation and test have a woman and a man per language."""
-    return "validation" if speaker in VALIDATION_SPEAKERS else "test" if speaker in TEST_SPEAKERS else "train"
-
-
-def split_of_sentence(sentence: int) -> str:
-    """Return the split of a sentence, 1 to 350, in the official partition."""
-    if sentence <= LAST_VALIDATION_SENTENCE:
-        return "validation"
-    return "test" if sentence <= LAST_TEST_SENTENCE else "train"
+def split_of(number: int, held_out: Mapping[str, Container[int]]) -> str:
+    """Return the split of a speaker or sentence."""
+    return next((split for split, numbers in held_out.items() if number in numbers), "train")
 
 
 def read_transcript(member: Member, language: str) -> Iterator[tuple[str, str] | Skipped]:

@@ -90,6 +90,7 @@ class Ravdess(CorpusBuilder):
     HOMEPAGE = "https://zenodo.org/records/1188976"
     LABELS = {emotion: emotion for emotion in EMOTIONS.values()}
     FILE_NAME = FILE_NAME
+    NAMES_ARE = "03-01-06-01-02-01-12.wav: seven numbers"
 
     def archives(self) -> list[RemoteArchive]:
         """Return the Zenodo zips of the chosen subsets."""
@@ -97,15 +98,7 @@ class Ravdess(CorpusBuilder):
 
     def utterances(self, members: list[Member]) -> Iterator[Utterance | Skipped]:
         """Read the file names, which encode all labels of a clip."""
-        for member in members:
-            if not member.file_name.lower().endswith((".wav", ".mp4")):
-                continue
-            match = FILE_NAME.fullmatch(member.file_name)
-            if match is None:
-                raise UserError(
-                    f"{member}: not a RAVDESS file name.",
-                    "Names are seven numbers, as in 03-01-06-01-02-01-12.wav. Remove it or name another folder.",
-                )
+        for member, match in self.named_clips(members, (".wav", ".mp4")):
             if match["modality"] != AUDIO_ONLY:
                 yield Skipped(member, "video or audio-visual file with the sound of the audio-only file")
             elif SUBSETS[match["channel"]] in self.config.subsets:

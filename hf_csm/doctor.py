@@ -19,11 +19,13 @@ EXTRAS = ("serve", "prosody", "trackers")
 
 def examine() -> tuple[str, bool]:
     """Return a report, one finding per line, and whether all requirements are met."""
+    from huggingface_hub import get_token
+
     lines = [f"  python {platform.python_version()} at {sys.executable}"]
     problems = _packages(lines)
     problems += _accelerator(lines)
     _disk(lines)
-    _access(lines)
+    lines.append(f"  Hub token: {'found' if get_token() else 'none (needed only to push: huggingface-cli login)'}")
     return "\n".join(lines + [f"! {problem}" for problem in problems]), not problems
 
 
@@ -75,12 +77,3 @@ def _disk(lines: list[str]) -> None:
         free_gb = shutil.disk_usage(path).free / 1e9
         note = "" if free_gb > BASE_WEIGHTS_GB else f" (Moshi 7B takes {BASE_WEIGHTS_GB:.0f} GB)"
         lines.append(f"  disk of {name}: {free_gb:.0f} GB free{note}")
-
-
-def _access(lines: list[str]) -> None:
-    from huggingface_hub import get_token
-
-    has_token = get_token() is not None
-    lines.append(
-        "  Hub token: found" if has_token else "  Hub token: none (needed only to push: huggingface-cli login)"
-    )

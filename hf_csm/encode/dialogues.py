@@ -101,7 +101,7 @@ def encode_manifest(
 ) -> EncodeReport:
     """Cut the dialogues of a manifest into windows and encode them, as rows of the split `train`.
 
-    Staging, resuming and sharing of the work are as for `encode`.
+    Batches, staging, resuming and sharing of the work are as for `encode`.
 
     Args:
         manifest: JSONL file; its paths are relative to its folder. A row may have an `emotion` (of Moshi's channel)
@@ -110,9 +110,6 @@ def encode_manifest(
             a window with an emotion whose first word comes too early for the prefix.
         corpus: name in the rows and prefix of ids; by default that of the card beside the manifest, if there is one
             (`export_manifest` writes it), else the manifest's name, or its folder's if it is named after a split.
-        batch_s: as for `encode`.
-        rank: index of this process.
-        world_size: number of processes that share the work.
 
     Raises:
         UserError: the manifest or one of its files is missing or damaged, or `out` holds something else.

@@ -40,13 +40,7 @@ def export_manifest(
     """Write the conversations that `encode` would compose as `<split>/<id>.{wav,json}` and `<split>.jsonl`.
 
     The folder is staged beside `out` and published at once; a run that was stopped continues after its last
-    conversation. Moshi is on the left. Samples are rounded to 16 bits.
-
-    Args:
-        prepared: folder written by `prepare`.
-        composition: as for `encode`.
-        variants: as for `encode`.
-        label: as for `encode`.
+    conversation. Moshi is on the left. Samples are rounded to 16 bits. Arguments are as for `encode`.
 
     Raises:
         UserError: `prepared` is not a prepared corpus, lacks the labels or yields no conversation, or `out` holds

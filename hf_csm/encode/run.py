@@ -70,15 +70,10 @@ def encode(
     with the same arguments except `rank`, several processes share the work, on any machines that see both folders.
 
     Args:
-        prepared: folder written by `prepare`.
-        codec: of the base model.
-        codec_sha256: identifies the codec in the card.
         variants: number of sets of conversations to compose from the same clips.
         label: selects the emotion label: `acted`, `perceived`, or `agreed` (only clips where both are equal).
         batch_s: maximum seconds of audio in a batch, including padding and both channels; by default 640 on a GPU and
             80 on a CPU.
-        rank: index of this process.
-        world_size: number of processes that share the work.
 
     Raises:
         UserError: `prepared` is not a prepared corpus, lacks the labels or yields no conversation, or `out` holds

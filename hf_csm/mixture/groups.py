@@ -83,12 +83,9 @@ def make_groups(
     """Return the groups in order of name; rows of a table without weight are in none.
 
     Args:
-        traits: of each row.
-        table_of_row: number of its table.
         weights: of the tables.
         lengths: `[N]`, in frames or samples.
         per_second: frames or samples a second.
-        by: traits that make a group.
     """
     members: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
     for row, (table, *values) in enumerate(zip(table_of_row, *(traits[trait] for trait in by), strict=True)):

@@ -163,14 +163,7 @@ def _check_keys(factors: Mapping[Any, float], names: Sequence[str], groups: Sequ
 
 @dataclass(frozen=True)
 class _Mixture:
-    """All that rows are drawn from.
-
-    Attributes:
-        rows: the Parquet files.
-        places: file and row index in `rows` of each row number.
-        groups: of row numbers.
-        probabilities: `[groups]`, of drawing from each.
-    """
+    """All that rows are drawn from; `places` has file and row index of each row number."""
 
     rows: ParquetRows
     places: list[tuple[int, int]]

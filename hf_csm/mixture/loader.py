@@ -72,12 +72,8 @@ class MixtureLoader:
     """The micro-batches of one process.
 
     Args:
-        table: windows of the training split.
-        layout: streams of the model.
         lay_out: `(row, *, prefix, max_frames)`: a row of a codes table to a window; of the model's family.
         seed: of the order and of the prefix dropout.
-        rank: number of this process.
-        world_size: number of processes.
     """
 
     def __init__(

@@ -189,11 +189,7 @@ def describe(config: RunConfig) -> Description:
 def describe_mixture(
     groups: Sequence[Group], probabilities: np.ndarray, config: DatasetConfig, tables: Mapping[str, WindowTable]
 ) -> Description:
-    """Describe groups and probabilities as `mix` gives them.
-
-    Args:
-        tables: of the splits.
-    """
+    """Describe groups and probabilities as `mix` gives them; `tables` are those of the splits."""
     repeats = expected_repeats(groups, probabilities)
     lines: dict[tuple[str, ...], list[Line]] = {}
     replay = None

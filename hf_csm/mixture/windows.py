@@ -26,11 +26,8 @@ class WindowTable:
     """The windows of one split of several tables of codes; only labels and lengths are in memory.
 
     Args:
-        sources: tables with their weights.
         codec_sha256: hash of the base model's codec; None if the tables need only agree with each other.
-        emotions: keep these only; None for all.
-        languages: keep these only; None for all.
-        speakers: keep these only; None for all.
+        emotions: keep these only, None for all; likewise languages and speakers.
         replay: one more table, of dialogues, to which no filter applies.
         max_frames: longer windows count as this long, and are cut there when they are laid out.
 

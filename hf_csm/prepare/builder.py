@@ -93,6 +93,8 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
     """Map of the corpus's emotion labels to the shared ones; `None` where raters did not agree."""
     FILE_NAME: re.Pattern[str] | None = None
     """Pattern of the corpus's audio file names, to recognize its folder; `None` if any name is possible."""
+    NAMES_ARE = ""
+    """Example of a file name and what its parts are, for messages."""
     NOT_TO_BE_PUBLISHED: str | None = None
     """Why audio, codes, texts and labels must not be published; `None` if the license allows it."""
 
@@ -112,6 +114,26 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
             UserError: a file of the corpus with an invalid name or entry.
         """
         raise NotImplementedError
+
+    def named_clips(
+        self, members: Iterable[Member], suffixes: tuple[str, ...] = (".wav",)
+    ) -> Iterator[tuple[Member, re.Match[str]]]:
+        """Yield the files with these suffixes and the matches of their names.
+
+        Raises:
+            UserError: a file has another name.
+        """
+        assert self.FILE_NAME is not None
+        for member in members:
+            if not member.file_name.lower().endswith(suffixes):
+                continue
+            match = self.FILE_NAME.fullmatch(member.file_name)
+            if match is None:
+                raise UserError(
+                    f"{member}: not a file name of {self.TITLE}.",
+                    f"Names are as {self.NAMES_ARE}. Remove it or name another folder.",
+                )
+            yield member, match
 
     def complete(self, utterance: Utterance, tally: Tally) -> Utterance:
         """Return the utterance completed from its `sidecars`; called by the worker that reads the audio.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,15 @@ from hf_csm.files import replaced_file
 FOLDER = "plots"
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """A prosody column: heading, number of digits, and the column by which medians are separated."""
-
-    column: str
-    heading: str
-    digits: int
-    group_by: str | None = None
-
-
 _MEASURES = (
-    _Measure("f0_median_hz", "median F0, Hz", 0, "gender"),
-    _Measure("f0_range_st", "F0 range, semitones", 1),
-    _Measure("loudness_range_db", "loudness range, dB", 1),
-    _Measure("words_per_s", "words/s", 2, "language"),
-    _Measure("voiced_share", "voiced share", 2),
+    ("f0_median_hz", "median F0, Hz", 0, "gender"),
+    ("f0_range_st", "F0 range, semitones", 1, None),
+    ("loudness_range_db", "loudness range, dB", 1, None),
+    ("words_per_s", "words/s", 2, "language"),
+    ("voiced_share", "voiced share", 2, None),
 )
-assert tuple(measure.column for measure in _MEASURES) == PROSODY_COLUMNS
+"""Prosody column, heading, number of digits, and the column by which medians are separated."""
+assert tuple(column for column, *_ in _MEASURES) == PROSODY_COLUMNS
 
 _HOW = """\
 Medians over the clips of all splits. Boxes hold the middle half of the clips, whiskers 90 %. Between the first word's
@@ -54,24 +44,24 @@ def draw_prosody(table: Path) -> str:
     """
     files = [file for split in SPLITS for file in split_files(table, split)]
     rows = read_columns(files, ["emotion", "gender", "language", *PROSODY_COLUMNS])
-    measured = [measure for measure in _MEASURES if rows[measure.column].null_count < len(rows)]
+    measured = [measure for measure in _MEASURES if rows[measure[0]].null_count < len(rows)]
     if not measured:
         return ""
     emotions = [emotion_name(index) for index in rows["emotion"].to_pylist()]
     present = [emotion for emotion in (*EMOTIONS, UNLABELLED) if emotion in set(emotions)]
     by_emotion = {emotion: np.array([own == emotion for own in emotions]) for emotion in present}
     header, columns, pictures = ["emotion", "clips"], [], []
-    for measure in measured:
-        values = rows[measure.column].to_numpy().astype(np.float64)  # null is nan
+    for column, heading, digits, group_by in measured:
+        values = rows[column].to_numpy().astype(np.float64)  # null is nan
         boxes: dict[str, list[np.ndarray]] = {}
-        for group, is_member in _groups(rows, measure.group_by):
+        for group, is_member in _groups(rows, group_by):
             own = [values[is_member & is_emotion] for is_emotion in by_emotion.values()]
             boxes[group] = [found[~np.isnan(found)] for found in own]
         for group, of_emotions in boxes.items():
-            header.append(f"{measure.heading} ({group})" if group else measure.heading)
-            columns.append([f"{np.median(v):.{measure.digits}f}" if len(v) else "" for v in of_emotions])
-        _draw(Path(table, FOLDER, f"{measure.column}.png"), measure.heading, present, boxes)
-        pictures.append(f"![{measure.heading} by emotion]({FOLDER}/{measure.column}.png)")
+            header.append(f"{heading} ({group})" if group else heading)
+            columns.append([f"{np.median(v):.{digits}f}" if len(v) else "" for v in of_emotions])
+        _draw(Path(table, FOLDER, f"{column}.png"), heading, present, boxes)
+        pictures.append(f"![{heading} by emotion]({FOLDER}/{column}.png)")
     counts = [f"{int(is_emotion.sum()):,}" for is_emotion in by_emotion.values()]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *zip(present, counts, *columns, strict=True)]
     medians = "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -112,7 +112,9 @@ def save_checkpoint(
             {"optimizer": optimizer.state_dict(), "progress": asdict(progress), "config": options_of(config)},
             unfinished / "state" / "trainer.pt",
         )
-    torch.save(_rng_state(), unfinished / "state" / f"rng_{accelerator.process_index:05d}.pt")
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    random_state = {"torch": torch.get_rng_state(), "cuda": cuda}
+    torch.save(random_state, unfinished / "state" / f"rng_{accelerator.process_index:05d}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(path, ignore_errors=True)
@@ -147,7 +149,10 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer, process_index: int)
         optimizer.load_state_dict(state["optimizer"])
         rng_path = path / "state" / f"rng_{process_index:05d}.pt"
         if rng_path.exists():  # a run may continue with more processes
-            _set_rng_state(torch.load(rng_path, map_location="cpu", weights_only=True))
+            random_state = torch.load(rng_path, map_location="cpu", weights_only=True)
+            torch.set_rng_state(random_state["torch"])
+            if random_state["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random_state["cuda"])
     except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
         raise UserError(
             f"{path}/state cannot be read: {' '.join(str(error).split())[:200]}",
@@ -169,16 +174,3 @@ def remove_old_checkpoints(run_dir: Path, keep: int, best_step: int) -> None:
     for path in list_checkpoints(run_dir)[: -keep or None] if keep else []:
         if path != checkpoint_path(run_dir, best_step):
             shutil.rmtree(path)
-
-
-def _rng_state() -> dict[str, object]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_rng_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -255,7 +255,7 @@ def test_a_table_of_other_clips_is_an_error_with_the_first_names(tmp_path):
 
 @pytest.mark.parametrize("name", ["1092_DFA_NEU_XX", "1001_ABC_NEU_XX", "1001_DFA_CAL_XX", "1001_DFA_NEU", "hello"])
 def test_a_wav_named_like_nothing_is_an_error_that_names_it(tmp_path, name):
-    with pytest.raises(UserError, match=rf"{name}\.wav: not a CREMA-D file name"):
+    with pytest.raises(UserError, match=rf"{name}\.wav: not a file name of CREMA-D"):
         listing(touch(tmp_path, f"{name}.wav", "1001_DFA_NEU_XX.wav"))
 
 

@@ -323,9 +323,9 @@ def test_a_clip_in_the_folder_of_another_emotion_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("0021_000051.wav", "not an ESD file name"),
-        ("0011_51.wav", "not an ESD file name"),
-        ("hello.wav", "not an ESD file name"),
+        ("0021_000051.wav", "not a file name of ESD"),
+        ("0011_51.wav", "not a file name of ESD"),
+        ("hello.wav", "not a file name of ESD"),
         ("0011_000000.wav", "unknown clip number 0"),
         ("0011_001751.wav", "unknown clip number 1,751"),
     ],
