@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from hf_csm.cli import main
+from hf_csm.config import TrainingConfig
 from hf_csm.errors import require_extra
 from hf_csm.testing.ravdess import write_ravdess
 
@@ -42,6 +43,10 @@ def test_preparing_works_and_prosody_needs_its_extra(plain_install, tmp_path, ca
     assert "swift_f0" in problem
     assert "pip install 'hf-csm[prosody]'" in remedy
     assert main(argv) == 0
+
+
+def test_the_default_trackers_need_no_extra(plain_install):
+    assert TrainingConfig().trackers == []
 
 
 def test_only_the_server_imports_modules_of_an_extra():

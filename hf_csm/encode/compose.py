@@ -126,6 +126,8 @@ class Composition:
     """Level of the room tone, drawn for each channel."""
     margin_s: Seconds = 0.2
     """Kept of a clip before its first word and after its last."""
+    seed: int = 0
+    """Random seed."""
 
     def __post_init__(self) -> None:
         for name in ("lead_in_s", "gap_s"):
@@ -146,9 +148,6 @@ class Composition:
                 )
         if self.seed < 0:
             raise UserError(f"The seed is {self.seed}.", "Give a whole number of at least 0.")
-
-    seed: int = 0
-    """Random seed."""
 
 
 class _UserClips:
