@@ -65,7 +65,7 @@ def _check_guide_keys(guide: dict[str, Any], config: RunConfig) -> None:
     if not guide["lora.enable"]:
         raise UserError("lora.enable is false.", "Set it to true: training the whole base model is not supported.")
     scaling, implied = guide["lora.scaling"], config.lora.alpha / config.lora.rank
-    if scaling is not None and abs(scaling - implied) > 1e-6:
+    if scaling is not None and not abs(scaling - implied) <= 1e-6:  # also true for NaN
         raise UserError(
             f"lora.scaling is {scaling:g}, but lora.alpha / lora.rank is {implied:g}.",
             "Leave lora.scaling out, or make the three agree.",

@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from hf_csm.errors import UserError
 
@@ -76,34 +76,49 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: Path, ours: Collection[str]) -> Iterator[Path]:
+def replaced_folder(folder: Path, ours: Collection[str], mark: str) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; renamed to `folder` if the block succeeds, removed if it raises.
+
+    A killed process leaves it behind, and the next one empties it. If `folder` is a link, its target is replaced.
 
     Args:
         ours: names of files that may be replaced.
+        mark: the one of these that every folder of this kind has.
 
     Raises:
-        UserError: `folder` holds something that is not an export, so replacing it would lose it.
+        UserError: `folder` holds something else, so replacing it would lose it, or another process writes it.
     """
-    folder = Path(folder)
-    if folder.exists():
-        entries = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-        strange = sorted(entries - set(ours))
-        if strange:
-            raise UserError(
-                f"{folder} holds {strange[0]}, which is not part of an export.", "Give a new or an empty folder."
-            )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    beside.chmod(0o755)
+    folder = Path(os.path.realpath(folder))
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir()}
+        other = min(names - set(ours) or (set() if mark in names else names), default=None)
+    else:
+        other = "a file" if folder.exists() else None
+    if other is not None:
+        raise UserError(f"{folder}: is not an export, or has {other} in it.", "Give a new or an empty folder.")
+    beside = folder.parent / f".{folder.name}.partial"
+    beside.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(beside / "lock")
     try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder} is being written by another process.", "Wait until that is done.") from error
+    try:
+        for path in beside.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
         yield beside
+        (beside / "lock").unlink()
         if folder.exists():
             shutil.rmtree(folder)
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+    finally:
+        lock.release()
 
 
 def _read_text(path: str | Path, remedy: str) -> str:

@@ -138,7 +138,10 @@ def is_whole(table: Path) -> bool:
     from huggingface_hub.repocard import metadata_load
 
     front = metadata_load(table / CARD_NAME) or {}
-    stated = {split["name"]: split["num_bytes"] for split in front.get("dataset_info", {}).get("splits", [])}
+    try:
+        stated = {split["name"]: split["num_bytes"] for split in front.get("dataset_info", {}).get("splits", [])}
+    except (AttributeError, KeyError, TypeError):  # a damaged card
+        return False
     names = {*SPLITS, *stated}  # a split that the card does not name has no files
     sizes = {name: sum(file.stat().st_size for file in split_files(table, name)) for name in names}
     return sizes == {name: stated.get(name, 0) for name in names}

@@ -120,6 +120,7 @@ def test_dump_reads_back_the_same(tmp_path):
         ("rank: 8", "rank", "lora.rank"),
         ("lora: {rank: eight}", "lora.rank", "--help"),
         ("lora: {rank: 8, alpha: 16, scaling: 1.0}", "lora.scaling is 1", "agree"),
+        ("lora: {rank: 8, alpha: 16, scaling: .nan}", "lora.scaling is nan", "agree"),
         ("lora: {enable: false}", "lora.enable is false", "true"),
         ("lora: {enable: maybe}", "lora.enable", "--help"),
         ("optimizer: {name: sgd}", "optimizer.name", "--help"),

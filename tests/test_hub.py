@@ -89,6 +89,14 @@ def test_a_cached_revision_needs_no_network(connected, monkeypatch):
     assert len(connected.requests) == num_requests
 
 
+@pytest.mark.parametrize("info", ["null", "3", "{splits: [{name: train}]}"])
+def test_a_table_whose_card_is_damaged_is_not_whole(prepared, tmp_path, info):
+    shutil.copytree(prepared, tmp_path / "table")
+    card = tmp_path / "table" / "README.md"
+    card.write_text(f"---\ndataset_info: {info}\nhf_csm: {{stage: prepared}}\n---\n")
+    assert not is_whole(tmp_path / "table")
+
+
 def test_a_partly_cached_table_is_not_used(connected):
     found = find_table("user/table")
     shutil.rmtree(found / "data" / "test")

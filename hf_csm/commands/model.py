@@ -170,7 +170,7 @@ def _push(options: argparse.Namespace) -> None:
     if options.revision is None:
         print(f"python -m moshi.server --hf-repo {options.repo_id}")
     else:
-        print(f"hf-csm serve {options.repo_id} --revision {options.revision}")
+        print(f"hf-csm serve {options.repo_id} --revision {shlex.quote(options.revision)}")
         print("(Moshi's own server reads the main branch only.)")
 
 

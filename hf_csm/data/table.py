@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -194,10 +194,9 @@ def read_card_metadata(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder}: not a table: it has no {CARD_NAME} that can be read.", remedy) from error
     front = text.split("---\n", 2)[1] if text.startswith("---\n") else ""
     try:
-        metadata = yaml.safe_load(front)[CARD_KEY]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        return dict(yaml.safe_load(front)[CARD_KEY])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: not a table of hf-csm: no {CARD_KEY} in its {CARD_NAME}.", remedy) from error
-    return dict(metadata)
 
 
 def check_schema(folder: str | Path, features: Features, optional: Collection[str] = ()) -> None:
@@ -285,7 +284,8 @@ class ParquetRows:
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key]
-        with _open_parquet(self._files[file_index], self._metadata[file_index]) as file:
+        name = self._files[file_index]
+        with parquet_errors(name), _open_parquet(name, self._metadata[file_index]) as file:
             table = file.read_row_group(group, columns=self._columns, use_threads=False).combine_chunks()
         self._groups[key] = table
         self._num_cached_bytes += table.nbytes
@@ -299,7 +299,7 @@ def read_columns(files: Iterable[str | Path], columns: Sequence[str]) -> pa.Tabl
     """Read some columns of all rows of many Parquet files, in the order of files and rows."""
     tables = []
     for file in files:
-        with _open_parquet(file) as parquet:
+        with parquet_errors(file), _open_parquet(file) as parquet:
             tables.append(parquet.read(columns=list(columns), use_threads=False))
     if not tables:
         raise UserError("The table has no Parquet files.", "Prepare or encode it again.")
@@ -323,11 +323,18 @@ def nested_to_numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return array.to_numpy(zero_copy_only=False).reshape(shape)
 
 
-def _open_parquet(file: str | Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+@contextlib.contextmanager
+def parquet_errors(file: str | Path) -> Iterator[None]:
+    """Convert errors of reading a Parquet file to `UserError`."""
     try:
-        return pq.ParquetFile(file, memory_map=False, metadata=metadata)
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(
             f"{file}: not a Parquet file that can be read ({str(error).splitlines()[0]}).",
             "Prepare or encode the table again.",
         ) from error
+
+
+def _open_parquet(file: str | Path, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    with parquet_errors(file):
+        return pq.ParquetFile(file, memory_map=False, metadata=metadata)

@@ -30,7 +30,7 @@ from hf_csm.units import (
 )
 
 
-MOSHI = 0
+MODEL = 0
 USER = 1
 FADE_S = 0.005
 BLOCK_CONVERSATIONS = 256
@@ -259,7 +259,7 @@ def _draw_turns(
             if start + queue[-1].num_samples + tail > longest:
                 queue.pop()
                 break
-        planned.append(Turn(queue.pop(), MOSHI, start))
+        planned.append(Turn(queue.pop(), MODEL, start))
         turns += planned
         now = turns[-1].end + quiet(composition.gap_s)
     if not turns:
@@ -276,7 +276,7 @@ def compose(
         samples_of: returns all samples of a clip's row, float32 `[S]` at 24 kHz.
     """
     rng = np.random.default_rng(conversation.seed)
-    waveform = np.stack([room_tone(conversation.num_samples, rng, composition.room_tone_db) for _ in (MOSHI, USER)])
+    waveform = np.stack([room_tone(conversation.num_samples, rng, composition.room_tone_db) for _ in (MODEL, USER)])
     fade = np.linspace(0.0, 1.0, seconds_to_samples(FADE_S), dtype=np.float32)
     for turn in conversation.turns:
         clip = turn.clip

@@ -26,7 +26,7 @@ import soxr
 from hf_csm.data.audio import room_tone
 from hf_csm.data.labels import EMOTIONS, UNLABELLED
 from hf_csm.data.table import read_card_metadata
-from hf_csm.encode.compose import MOSHI, USER, Clip, Composition, Conversation, Turn, cut_units
+from hf_csm.encode.compose import MODEL, USER, Clip, Composition, Conversation, Turn, cut_units
 from hf_csm.encode.report import EncodeReport, count_groups
 from hf_csm.encode.run import encode_units
 from hf_csm.errors import UserError
@@ -273,7 +273,7 @@ class Dialogues:
         if not conversation.lead:
             return audio
         rng = np.random.default_rng(conversation.seed)
-        lead = [room_tone(conversation.lead, rng, self._composition.room_tone_db) for _ in (MOSHI, USER)]
+        lead = [room_tone(conversation.lead, rng, self._composition.room_tone_db) for _ in (MODEL, USER)]
         return np.concatenate([np.stack(lead), audio], axis=1)
 
     def words(self, conversation: Segment) -> list[dict]:
@@ -286,7 +286,7 @@ class Dialogues:
         main = MAIN_SPEAKER if self._has_main else recording.first_speaker
         duration_s = samples_to_seconds(recording.num_samples)
         return [
-            {"word": word, "start_s": start_s, "end_s": end_s, "channel": MOSHI if speaker == main else USER}
+            {"word": word, "start_s": start_s, "end_s": end_s, "channel": MODEL if speaker == main else USER}
             for word, start_s, end_s, speaker in alignments
             if 0.0 <= start_s < min(end_s, duration_s)
         ]

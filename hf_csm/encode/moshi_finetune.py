@@ -15,7 +15,7 @@ from hf_csm.data.audio import to_int16
 from hf_csm.data.schema import SPLITS
 from hf_csm.data.staged_table import StagedTable, fingerprint_of
 from hf_csm.data.table import CARD_KEY, CARD_NAME, card_text
-from hf_csm.encode.compose import MOSHI, Composition, Conversation, Unit
+from hf_csm.encode.compose import MODEL, Composition, Conversation, Unit
 from hf_csm.encode.prepared_corpus import Clips, PreparedCorpus
 from hf_csm.encode.report import EncodeReport, count_groups
 from hf_csm.files import replaced_file, write_text_atomic
@@ -102,7 +102,7 @@ def _write(path: Path, conversation: Conversation, clips: Clips) -> None:
         [
             word["word"],
             [float(np.float32(word[key])) for key in ("start_s", "end_s")],
-            SPEAKERS[word["channel"] == MOSHI],
+            SPEAKERS[word["channel"] == MODEL],
         ]
         for word in clips.words(conversation)
     ]

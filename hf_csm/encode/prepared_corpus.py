@@ -17,7 +17,7 @@ from hf_csm.data.labels import EMOTIONS, UNLABELLED
 from hf_csm.data.schema import SPLITS, UTTERANCE_FEATURES
 from hf_csm.data.table import ParquetRows, read_columns, split_files
 from hf_csm.encode.compose import (
-    MOSHI,
+    MODEL,
     Clip,
     Composition,
     Conversation,
@@ -142,7 +142,7 @@ def plan_units(
         for variant in range(variants):
             for conversation in plan_conversations(clips[split], composition, variant):
                 groups[conversation.emotion or UNLABELLED].append(conversation)
-                spoken.update(turn.clip.id for turn in conversation.turns if turn.channel == MOSHI)
+                spoken.update(turn.clip.id for turn in conversation.turns if turn.channel == MODEL)
         for emotion, conversations in sorted(groups.items()):
             units += cut_units(split, emotion, conversations)
         labelled = sum(clip.emotion is not None for clip in clips[split])

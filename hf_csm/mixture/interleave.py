@@ -77,10 +77,17 @@ def interleave_corpora(
         UserError: a table is missing, incomplete, named twice, without rows in this split, or not a prepared one; or
             an argument is out of range or names what is not there.
     """
-    by = (by,) if isinstance(by, str) else tuple(by)
+    by = (by,) if isinstance(by, str) else tuple(by or ())
     unknown = [trait for trait in by if trait not in TRAIT_COLUMNS]
     if unknown:
         raise UserError(f"by has {unknown[0]!r}.", f"Choose from {', '.join(TRAIT_COLUMNS)}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"seed is {seed!r}.", "Give a whole number of at least 0.")
+    for argument, number in {"temperature": temperature, "max_repeats": max_repeats}.items():
+        if not isinstance(number, (int, float)):
+            raise UserError(f"{argument} is {number!r}.", "Give a number.")
+    if not isinstance(tables, (str, Path, Sequence)):
+        raise UserError(f"tables is {tables!r}.", "Give a list of folders or Hub datasets.")
     try:
         balance = Balance(by=list(by), temperature=temperature, max_repeats=max_repeats)  # type: ignore[arg-type]
     except UserError as error:
@@ -133,15 +140,15 @@ def _factors(names: Sequence[str], weights: Weights | None) -> dict[Any, float]:
     if weights is None:
         return {}
     if not isinstance(weights, Mapping):
-        if len(weights) != len(names):
+        if not isinstance(weights, Sequence) or len(weights) != len(names):
             raise UserError(
-                f"There are {len(weights)} weights for {len(names)} tables.",
+                f"weights is {weights!r}, for {len(names)} tables.",
                 "Give one for each table, or a dict whose keys are tables or groups.",
             )
         weights = dict(zip(names, weights, strict=True))
     factors = {}
     for key, weight in weights.items():
-        if not 0 < weight < math.inf:
+        if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise UserError(f"The weight of {key} is {weight}.", "Give a number above 0.")
         is_table = not isinstance(key, tuple) and str(key) in names
         factors[str(key) if is_table else key if isinstance(key, tuple) else (key,)] = float(weight)

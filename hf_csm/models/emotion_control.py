@@ -46,7 +46,7 @@ class EmotionControl:
         base_model: repository or folder of the base model.
         base_revision: of that repository, if the run named one.
         step: of the checkpoint.
-        weights_sha256: of merged weights, as they were verified.
+        merged_sha256: of a merged model as it was verified; see `publish.export.hash_merged`.
     """
 
     control: str = "none"
@@ -55,7 +55,7 @@ class EmotionControl:
     base_model: str | None = None
     base_revision: str | None = None
     step: int | None = None
-    weights_sha256: str | None = None
+    merged_sha256: str | None = None
 
     def tokens(self, emotion: str | None, tokenizer: Tokenizer) -> list[int]:
         """Return the text tokens of the prefix; none without an emotion or a prefix."""
@@ -88,8 +88,8 @@ def read_emotion_control(folder: Path) -> EmotionControl:
 def write_emotion_control(control: EmotionControl, folder: Path) -> None:
     """Write `emotions.json`, complete or not at all."""
     record = asdict(control)
-    if control.weights_sha256 is None:
-        del record["weights_sha256"]
+    if control.merged_sha256 is None:
+        del record["merged_sha256"]
     write_text_atomic(Path(folder) / EMOTIONS_NAME, json.dumps(record, indent=2) + "\n")
 
 
@@ -147,7 +147,7 @@ def _problem(record: Any) -> str | None:
     # `str.format` also evaluates attributes, widths and conversions, which are refused.
     if {part[1:] for part in parts if part[1] is not None} != {("emotion", "", None)}:
         return f"prefix_template is {record.get('prefix_template')!r}, not a text with {{emotion}} in it"
-    for name, kind in (("base_model", str), ("base_revision", str), ("step", int), ("weights_sha256", str)):
+    for name, kind in (("base_model", str), ("base_revision", str), ("step", int), ("merged_sha256", str)):
         if record.get(name) is not None and not isinstance(record[name], kind):
             return f"{name} is {record[name]!r}"
     return None

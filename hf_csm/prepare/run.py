@@ -131,7 +131,7 @@ def prepare(
         out,
         fingerprint,
         overwrite=overwrite,
-        remedy="Give --overwrite to replace it, or name another folder with --out.",
+        remedy="Give the options that it was made with, --overwrite to replace it, or another folder with --out.",
     )
     num_workers = num_workers or (usable_cores() if align_model is None else min(4, usable_cores()))
     try:

@@ -55,7 +55,7 @@ def export_checkpoint(
         raise UserError(f"{checkpoint} is a merged model, not an adapter.", "Export the checkpoint it was made from.")
     family = get_family(trained.base, trained.base_revision)
     ours = {*family.adapter_files, *family.merged_files, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMOTIONS_NAME}
-    with replaced_folder(out, {*ours, *RUN_FILES, SAMPLES_NAME, "README.md"}) as beside:
+    with replaced_folder(out, {*ours, *RUN_FILES, SAMPLES_NAME, "README.md"}, EMOTIONS_NAME) as beside:
         base = write_verified(family, trained, beside, merged=merged, device=device, dtype=dtype)
         run_dir = run_folder(trained.folder)
         corpora = read_corpora(run_dir) if (run_dir / CORPORA_NAME).is_file() else []  # older runs have none
@@ -95,8 +95,8 @@ def write_verified(
         shutil.copyfile(trained.adapter / ADAPTER_CONFIG_NAME, folder / ADAPTER_CONFIG_NAME)
         shutil.copyfile(trained.adapter / ADAPTER_WEIGHTS_NAME, folder / ADAPTER_WEIGHTS_NAME)
     write_emotion_control(read_emotion_control(trained.folder), folder)
-    weights_sha256 = hash_weights(family, folder) if merged else None
-    set_base(folder, base.name_or_path, base.revision, weights_sha256=weights_sha256)
+    merged_sha256 = hash_merged(family, folder) if merged else None
+    set_base(folder, base.name_or_path, base.revision, merged_sha256=merged_sha256)
     return base
 
 
@@ -124,11 +124,14 @@ def set_base(
             write_text_atomic(folder / filename, json.dumps(read_json(folder / filename) | change, indent=2) + "\n")
 
 
-def hash_weights(family: Family, folder: Path) -> str:
-    """Return the SHA-256 of the weights of a merged model."""
+def hash_merged(family: Family, folder: Path) -> str:
+    """Return the SHA-256 of a merged model: all files, without the URLs in config.json, which a push replaces."""
     digest = hashlib.sha256()
     for name in family.merged_files:
-        if name.endswith(".safetensors"):
+        if name == CONFIG_NAME:
+            config = {key: value for key, value in read_json(folder / name).items() if "://" not in str(value)}
+            digest.update(json.dumps(config, sort_keys=True).encode())
+        else:
             with open(folder / name, "rb") as file:
                 while block := file.read(1 << 22):
                     digest.update(block)

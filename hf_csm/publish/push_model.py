@@ -23,7 +23,7 @@ from hf_csm.models import get_family
 from hf_csm.models.emotion_control import read_emotion_control
 from hf_csm.models.family import Family
 from hf_csm.publish.card import CARD_NAME, facts_of, write_card
-from hf_csm.publish.export import hash_weights, set_base, write_verified
+from hf_csm.publish.export import hash_merged, set_base, write_verified
 from hf_csm.publish.licenses import LICENSE_FILE, base_terms, check_card_values, check_licenses, with_stated
 from hf_csm.publish.resolve_base import resolve_base
 from hf_csm.publish.run_artifacts import RUN_FILES, SAMPLES_NAME, copy_run_files, run_folder
@@ -82,6 +82,8 @@ def push_model(
     # The configuration of a merged model names the files of its base that it needs.
     named, named_revision = (trained.base, trained.base_revision) if trained.adapter else (str(trained.folder), None)
     family = get_family(named, named_revision)
+    if trained.adapter is None:
+        _check_merged(family, checkpoint, checkpoint_revision, trained.folder)
     weights, others = family.base_urls(named, named_revision)
     base = resolve_base(
         api,
@@ -103,7 +105,8 @@ def push_model(
         if trained.adapter is not None:
             write_verified(family, trained, folder, merged=is_merged, device=device)
         else:
-            _copy_merged(family, checkpoint, checkpoint_revision, trained.folder, folder)
+            for filename in (*family.merged_files, EMOTIONS_NAME):
+                _link(trained.folder / filename, folder)
         set_base(folder, base.repo_id, base.revision, urls=base.urls)
         copy_run_files(trained.folder, folder, corpora=corpora, base_model=base.repo_id)
         facts = facts_of(
@@ -195,16 +198,14 @@ def staging_folder(checkpoint: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _copy_merged(family: Family, name: str | Path, revision: str | None, folder: Path, target: Path) -> None:
-    """Copy the files of a merged model, whose weights must be those that were verified when they were written."""
+def _check_merged(family: Family, name: str | Path, revision: str | None, folder: Path) -> None:
+    """Check that a merged model is the one that was verified when it was written."""
     family.find_checkpoint(str(name), revision)  # downloads the weights
-    if hash_weights(family, folder) != read_emotion_control(folder).weights_sha256:
+    if hash_merged(family, folder) != read_emotion_control(folder).merged_sha256:
         raise UserError(
-            f"{name}: the merged weights are not those that were verified, or an older version wrote them.",
-            "Push the checkpoint that they were made from, with --merged, or export it again.",
+            f"{name}: the merged model is not the one that was verified, or an older version wrote it.",
+            "Push the checkpoint that it was made from, with --merged, or export it again.",
         )
-    for filename in (*family.merged_files, EMOTIONS_NAME):
-        _link(folder / filename, target)
 
 
 def _link(path: Path, folder: Path) -> None:

@@ -61,6 +61,8 @@ def resolve_base(
         UserError: the base is local only, is not `base_model`, or has changed on the Hub.
     """
     urls = [*([weights] if weights else []), *others]
+    if base_model == "":
+        raise UserError("--base-model is empty.", "Give USER/NAME, or omit it.")
     is_local = Path(name_or_path).is_absolute() or any(url.startswith(LOCAL) for url in urls)
     if is_local and base_model is None:
         raise UserError(

@@ -35,6 +35,8 @@ MAX_SAMPLE_S = 300.0
 def run_folder(checkpoint: Path) -> Path:
     """Return the folder with the files of the run: the parent of a training checkpoint, else the export itself."""
     checkpoint = Path(checkpoint).resolve()
+    if checkpoint.name in ("adapter", "consolidated"):
+        checkpoint = checkpoint.parent
     return checkpoint.parent if (checkpoint / "adapter").is_dir() else checkpoint
 
 

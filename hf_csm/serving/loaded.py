@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from hf_csm.errors import UserError
-from hf_csm.models import get_family
 from hf_csm.models.device import choose_device
 from hf_csm.serving.resolve import AdapterChoice, ResolvedModels, resolve_models
 
@@ -105,7 +104,7 @@ def load_weights(
     Raises:
         UserError: weights are damaged, do not match the base model, or do not fit in memory.
     """
-    family = get_family(models.base.name_or_path)
+    family = models.family
     tokenizer = family.load_tokenizer(models.base)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:

@@ -46,12 +46,14 @@ class ResolvedModels:
     """Resolved models: everything but the weights.
 
     Attributes:
+        family: of the base.
         base: checkpoint of the base or merged model.
         base_name: its repository or folder.
         adapters: adapters for the engine, in the order of the names.
         choices: one per adapter and `base` last, or a single one for a model without adapters.
     """
 
+    family: Family
     base: Checkpoint
     base_name: str
     adapters: tuple[RuntimeAdapter, ...]
@@ -133,13 +135,15 @@ def resolve_models(names: Sequence[str], revision: str | None = None) -> Resolve
                 "Name one of them, or name adapters.",
             )
         name = first.given_name or (MERGED if first.control.emotions else BASE)
-        return ResolvedModels(first.base, first.base_name, (), (AdapterChoice(name, None, first.control),))
+        return ResolvedModels(
+            first.family, first.base, first.base_name, (), (AdapterChoice(name, None, first.control),)
+        )
     choices = [AdapterChoice(model.name, index, model.control) for index, model in enumerate(adapters)]
     choices.append(AdapterChoice(BASE, None, EmotionControl()))
     _check_names(choices)
     base = adapters[0]
     runtime = tuple(model.adapter for model in adapters if model.adapter is not None)
-    return ResolvedModels(base.base, base.base_name, runtime, tuple(choices))
+    return ResolvedModels(base.family, base.base, base.base_name, runtime, tuple(choices))
 
 
 @dataclass(frozen=True)

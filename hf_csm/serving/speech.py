@@ -174,7 +174,10 @@ def check_text(text: str) -> str:
         UserError: it contains no words.
     """
     try:
+        text.encode()
         return normalize_text(text, "the text")
+    except UnicodeEncodeError as error:
+        raise UserError(f"The text {text!r} is not UTF-8.", "Set the terminal to UTF-8.") from error
     except UserError:
         raise UserError(f"The text {text!r} is empty.", "Give at least one word.") from None
 

@@ -78,6 +78,17 @@ def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path):
         ParquetRows([tmp_path / "a.parquet"])
 
 
+def test_damage_within_a_parquet_file_is_an_error_that_names_it(tmp_path):
+    path = write_rows(tmp_path / "a.parquet", [window(index) for index in range(40)])
+    content = bytearray(path.read_bytes())
+    content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        [ParquetRows([path]).row(0, row) for row in range(40)]
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        read_columns([path], ["id", "codes"])
+
+
 @pytest.fixture
 def table(tmp_path):
     folder = tmp_path / "table"
@@ -111,7 +122,10 @@ def test_the_card_stores_our_metadata(table):
     assert split_files(table, "validation") == []
 
 
-@pytest.mark.parametrize("card", [None, "# Hello\n", "---\nlicense: mit\n---\n", "---\n[\n---\n"])
+DAMAGED = [f"---\nhf_csm: {value}\n---\n" for value in ("3", "[a]", "text")]
+
+
+@pytest.mark.parametrize("card", [None, "# Hello\n", "---\nlicense: mit\n---\n", "---\n[\n---\n", *DAMAGED])
 def test_a_folder_that_is_not_a_table_is_an_error(tmp_path, card):
     if card is not None:
         (tmp_path / "README.md").write_text(card)

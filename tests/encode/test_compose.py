@@ -6,7 +6,7 @@ import pytest
 
 from hf_csm.data.table import ROWS_PER_GROUP
 from hf_csm.encode.compose import (
-    MOSHI,
+    MODEL,
     USER,
     Clip,
     Composition,
@@ -49,7 +49,7 @@ COMPOSITION = Composition(duration_s=20.0)
 
 def test_a_conversation_has_one_speaker_and_emotion_on_moshis_channel():
     for conversation in plan_conversations(make_clips(), COMPOSITION):
-        moshi = [turn.clip for turn in conversation.turns if turn.channel == MOSHI]
+        moshi = [turn.clip for turn in conversation.turns if turn.channel == MODEL]
         assert {clip.speaker_id for clip in moshi} == {conversation.speaker_id}
         assert {clip.emotion for clip in moshi} == {conversation.emotion}
 
@@ -68,7 +68,7 @@ def test_the_user_is_always_another_speaker():
 def test_every_clip_is_used_for_moshi_exactly_once_in_a_variant():
     clips = make_clips()
     conversations = plan_conversations(clips, COMPOSITION)
-    spoken = [t.clip.id for conversation in conversations for t in conversation.turns if t.channel == MOSHI]
+    spoken = [t.clip.id for conversation in conversations for t in conversation.turns if t.channel == MODEL]
     assert sorted(spoken) == sorted(clip.id for clip in clips)
 
 
@@ -86,7 +86,7 @@ def test_turns_never_overlap_and_stay_inside(seed, duration_s):
 
 def test_there_are_conversations_of_one_turn_and_of_many():
     conversations = plan_conversations(make_clips(clips_each=30), Composition(duration_s=60.0))
-    counts = {sum(turn.channel == MOSHI for turn in conversation.turns) for conversation in conversations}
+    counts = {sum(turn.channel == MODEL for turn in conversation.turns) for conversation in conversations}
     assert max(counts) >= 6
     assert len(counts) >= 4
 
@@ -101,7 +101,7 @@ def test_a_clip_that_fits_no_conversation_is_left_out():
 def test_unlabelled_clips_are_used_for_the_user_only():
     clips = [*make_clips(2), make_clip(0, speaker=9, emotion=None)]
     turns = [t for c in plan_conversations(clips, COMPOSITION) for t in c.turns]
-    assert all(turn.clip.emotion is not None for turn in turns if turn.channel == MOSHI)
+    assert all(turn.clip.emotion is not None for turn in turns if turn.channel == MODEL)
     assert any(turn.clip.id == "s9-0" for turn in turns)
 
 
@@ -149,7 +149,7 @@ def test_users_come_from_all_of_a_small_table(many_clips):
 def test_a_single_speaker_gets_room_tone_on_the_other_channel():
     conversations = plan_conversations(make_clips(num_speakers=1), COMPOSITION)
     assert conversations
-    assert all(turn.channel == MOSHI for conversation in conversations for turn in conversation.turns)
+    assert all(turn.channel == MODEL for conversation in conversations for turn in conversation.turns)
 
 
 def test_the_plan_is_a_pure_function_of_its_arguments():

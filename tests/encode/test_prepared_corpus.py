@@ -4,7 +4,7 @@ import pytest
 from hf_csm.data.labels import EMOTIONS
 from hf_csm.data.schema import UTTERANCE_FEATURES
 from hf_csm.data.table import ROWS_PER_GROUP, ShardWriter
-from hf_csm.encode.compose import MOSHI, USER, Composition
+from hf_csm.encode.compose import MODEL, USER, Composition
 from hf_csm.encode.prepared_corpus import PreparedCorpus, plan_units
 from hf_csm.errors import UserError
 
@@ -49,7 +49,7 @@ VOTED = [make_row("a1", "happy", "happy"), make_row("a2", "happy", "sad"), make_
 )
 def test_the_label_selects_the_emotion(tmp_path, label, expected, dropped):
     units, counts = plan_units(write_rows(tmp_path, VOTED), COMPOSITION, 1, label)
-    assert {clip.id: clip.emotion for clip in turns_of(units, MOSHI)} == expected
+    assert {clip.id: clip.emotion for clip in turns_of(units, MODEL)} == expected
     assert {(unit.group, c.emotion) for unit in units for c in unit.conversations} == {
         (emotion, emotion) for emotion in expected.values()
     }
@@ -82,7 +82,7 @@ def test_skipped_rows_are_counted_by_reason(tmp_path):
         make_row("b3", "sad", words=[{**WORDS[0], "end_s": 30.0}], duration_s=31.0),
     ]
     units, dropped = plan_units(write_rows(tmp_path, rows), COMPOSITION, 1)
-    assert {clip.id for clip in turns_of(units, MOSHI)} == {"a1"}
+    assert {clip.id for clip in turns_of(units, MODEL)} == {"a1"}
     assert dropped == {
         "without an emotion label": 1,
         "without a transcript": 1,
@@ -97,7 +97,7 @@ def test_clips_are_trimmed_to_their_words(tmp_path):
         make_row("a3", "happy"),
     ]
     units, _ = plan_units(write_rows(tmp_path, rows), Composition(duration_s=20.0, margin_s=0.0), 1)
-    parts = {clip.id: (clip.offset / 24_000, clip.num_samples / 24_000) for clip in turns_of(units, MOSHI)}
+    parts = {clip.id: (clip.offset / 24_000, clip.num_samples / 24_000) for clip in turns_of(units, MODEL)}
     assert parts == {"a2": (1.0, 0.25), "a3": (0.5, pytest.approx(0.9, abs=1e-4))}
 
 

@@ -45,6 +45,54 @@ def test_a_folder_with_other_things_is_not_replaced(checkpoint_dir, tmp_path):
     assert (out / "thesis.tex").read_text() == "years of work"
 
 
+def test_files_of_the_names_of_an_export_are_not_replaced(checkpoint_dir, tmp_path):
+    (tmp_path / "mine" / "samples").mkdir(parents=True)
+    for name in ("README.md", "model.safetensors", "samples/recording.wav"):
+        (tmp_path / "mine" / name).write_text("years of work")
+    with pytest.raises(UserError, match=r"mine: is not an export.*README\.md"):
+        export_checkpoint(checkpoint_dir, tmp_path / "mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="a file"):
+        export_checkpoint(checkpoint_dir, tmp_path / "file")
+    assert (tmp_path / "mine" / "samples" / "recording.wav").read_text() == "years of work"
+
+
+def test_an_export_replaces_an_older_one_behind_a_link_and_the_leftovers_of_a_killed_one(checkpoint_dir, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / ".real.partial" / "samples").mkdir(parents=True)
+    (tmp_path / ".real.partial" / "lora.safetensors").write_text("half")
+    for _ in range(2):
+        export_checkpoint(checkpoint_dir, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "lora.safetensors").stat().st_size > 1000
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert "lock" not in {path.name for path in (tmp_path / "real").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": "x"},
+        {"r": 0},
+        {"lora_alpha": None},
+        {"lora_alpha": float("nan")},
+        {"target_modules": "nothing"},
+        {"target_modules": ["nothing"]},
+        {"target_modules": "("},
+        {"target_modules": 3},
+        {"layers_to_transform": [0]},
+    ],
+)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_damaged_adapter_config_is_an_error_of_two_lines(checkpoint_dir, tmp_path, change, merged):
+    path = checkpoint_dir / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        export_checkpoint(checkpoint_dir, tmp_path / "out", merged=merged)
+    assert str(checkpoint_dir) in error.value.problem
+    assert "\n" not in error.value.problem + error.value.remedy and not (tmp_path / "out").exists()
+
+
 def test_a_training_checkpoint_becomes_a_folder_for_peft_and_for_moshi(checkpoint_dir, model, base, tmp_path):
     out = export_checkpoint(checkpoint_dir, tmp_path / "out")
     assert sorted(path.name for path in out.iterdir()) == [

@@ -283,16 +283,32 @@ def test_the_files_for_moshi_are_written_from_the_adapter(hub, base_on_hub, run,
     assert remote_oids("user/again")["lora.safetensors"] == remote_oids("user/happy")["lora.safetensors"]
 
 
-def test_merged_weights_that_changed_after_their_export_are_refused(hub, base_on_hub, run, tmp_path):
-    export = export_checkpoint(run / "best", tmp_path / "export", merged=True)
+def flip_last_bit(export):
     with open(export / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(UserError, match="not those that were verified") as error:
+
+
+def change_delays(export):
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {"delays": [0] * 17}))
+
+
+@pytest.mark.parametrize("change", [flip_last_bit, change_delays])
+def test_a_merged_model_that_changed_after_its_export_is_refused(hub, base_on_hub, run, tmp_path, change):
+    export = export_checkpoint(run / "best", tmp_path / "export", merged=True)
+    change(export)
+    with pytest.raises(UserError, match="not the one that was verified") as error:
         push_model(export, "user/happy")
-    assert "--merged" in error.value.remedy and remote_files("user/happy") == set()
+    assert "--merged" in error.value.remedy and not HfApi().repo_exists("user/happy")
+
+
+def test_the_adapter_folder_of_a_checkpoint_is_pushed_with_the_files_of_its_run(hub, base_on_hub, run):
+    push_model(run / "best" / "adapter", "user/happy")
+    assert remote_json("user/happy", "corpora.json")[0]["corpus"] == "ravdess"
+    assert remote_json("user/happy", "emotions.json")["emotions"] == ["happy"]
 
 
 def test_two_pushes_of_one_checkpoint_do_not_mix(hub, base_on_hub, run):

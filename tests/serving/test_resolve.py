@@ -138,6 +138,7 @@ def test_base_is_named_after_its_repository(expressive, tiny_moshi, tmp_path, mo
 
 MODELS = ResolvedModels(
     None,
+    None,
     "tiny",
     (),
     (

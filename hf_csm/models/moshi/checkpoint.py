@@ -282,11 +282,12 @@ def load_mimi(checkpoint: loaders.CheckpointInfo, device: torch.device | str = "
         raise UserError(
             f"{checkpoint.mimi_weights} is damaged or truncated: {error}", "Copy or download it again."
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(
-            f"{checkpoint.mimi_weights} does not fit its config: " + " ".join(str(error).split())[:300],
+            f"{checkpoint.mimi_weights} does not fit its config: "
+            + (" ".join(str(error).split())[:300] or type(error).__name__),
             "Take Mimi's weights and its config from the same place.",
         ) from error
     mimi.set_num_codebooks(mimi.total_codebooks)

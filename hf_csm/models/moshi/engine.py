@@ -14,6 +14,7 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMGen, LMModel
 from moshi.modules.streaming import State, StreamingModule
 
+from hf_csm.errors import UserError
 from hf_csm.models.family import Frame, RuntimeAdapter
 from hf_csm.models.moshi.checkpoint import MoshiCheckpoint, load_mimi, load_tokenizer
 from hf_csm.models.moshi.forced_text import Script, script_of, words_in
@@ -252,12 +253,20 @@ def open_engine(
     device = torch.device(device)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config: dict[str, Any] = checkpoint.lm_gen_config
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(name, 0), (int, float)) for name in SAMPLING_NAMES
+    ):
+        raise UserError(
+            f"{checkpoint.name_or_path}: lm_gen_config in config.json is {str(config)[:100]}.",
+            f"Correct it: an object with numbers for some of {', '.join(SAMPLING_NAMES)}, or remove it.",
+        )
     options = {
         SAMPLING_NAMES.get(name, name): value
-        for name, value in checkpoint.lm_gen_config.items()
+        for name, value in config.items()
         if name in SAMPLING_NAMES or name == "use_sampling"
     }
-    ignored = checkpoint.lm_gen_config.keys() - SAMPLING_NAMES.keys() - {"use_sampling"}
+    ignored = config.keys() - SAMPLING_NAMES.keys() - {"use_sampling"}
     if ignored:
         warnings.warn(f"{checkpoint.name_or_path} asks for {', '.join(sorted(ignored))}: ignored.", stacklevel=2)
     options |= {name: value for name, value in sampling.items() if value is not None}

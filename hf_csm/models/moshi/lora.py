@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import json
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -202,9 +202,15 @@ def load_adapter(model: MoshiLM, folder: Path) -> MoshiLM:
     config, weights = read_adapter(folder)
     if not has_adapter(model):
         pattern = config.target_modules
-        if not isinstance(pattern, str):
+        if isinstance(pattern, (list, set)):
             pattern = _regex([path for path in linear_paths(native_lm(model)) if _is_target(path, pattern)])
-        _wrap(model, config.r, config.lora_alpha, pattern, config.lora_dropout, seed=0)
+        try:
+            _wrap(model, config.r, config.lora_alpha, pattern, config.lora_dropout, seed=0)
+        except (ValueError, TypeError, re.error) as error:
+            raise UserError(
+                f"{folder / ADAPTER_CONFIG_NAME} does not fit the model: {' '.join(str(error).split())[:200]}",
+                "Give the base model that the adapter was trained on, or use an earlier checkpoint.",
+            ) from error
     own = lora_config(model)
     if own.r != config.r:
         raise UserError(
@@ -249,15 +255,22 @@ def read_adapter(folder: Path) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         weights = load_file(folder / ADAPTER_WEIGHTS_NAME)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"The adapter in {folder} is damaged or truncated: {error}", "Use an earlier checkpoint."
+            f"The adapter in {folder} is damaged or truncated: {' '.join(str(error).split())}",
+            "Use an earlier checkpoint.",
         ) from error
-    if not isinstance(config, peft.LoraConfig) or config.rank_pattern or config.alpha_pattern or config.use_rslora:
+    if not isinstance(config, peft.LoraConfig) or any(
+        (config.rank_pattern, config.alpha_pattern, config.use_rslora, config.layers_to_transform)
+    ):
         raise UserError(
             f"The adapter in {folder} is not a LoRA of one rank and one scaling, the only kind Moshi loads.",
-            "Train it without rank_pattern, alpha_pattern and use_rslora.",
+            "Train it without rank_pattern, alpha_pattern, layers_to_transform and use_rslora.",
         )
+    for name, value in {"r": config.r, "lora_alpha": config.lora_alpha}.items():
+        is_number = isinstance(value, int) or (name == "lora_alpha" and isinstance(value, float))
+        if not is_number or not 0 < value < math.inf:
+            raise UserError(f"{folder / ADAPTER_CONFIG_NAME}: {name} is {value!r}.", "Use an earlier checkpoint.")
     return config, weights
 
 

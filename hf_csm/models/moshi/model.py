@@ -132,12 +132,12 @@ def load_moshi(
         raise UserError(
             f"{checkpoint.moshi_weights} is damaged or truncated: {error}", "Copy or download it again."
         ) from error
-    except (RuntimeError, TypeError, ValueError, KeyError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(
             f"{checkpoint.moshi_weights} does not fit the config.json of {checkpoint.name_or_path}: "
-            + " ".join(str(error).split())[:300],
+            + (" ".join(str(error).split())[:300] or type(error).__name__),
             "Take the weights and config.json from the same place.",
         ) from error
     return MoshiLM(lm, checkpoint.name_or_path, checkpoint.revision)

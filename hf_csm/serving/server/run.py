@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_csm.errors import UserError
-from hf_csm.models import get_family
 from hf_csm.models.device import choose_device
 from hf_csm.serving.loaded import engine_error, load_weights
 from hf_csm.serving.resolve import resolve_models
@@ -72,7 +71,7 @@ def serve(options: ServeOptions) -> None:
         is_local = all(listener.getsockname()[0] in LOCAL_NAMES for listener in sockets)
         server = Server(
             model,
-            model_type=get_family(models.base_name).name,
+            model_type=models.family.name,
             limits=Limits(max_conversation_s=options.max_minutes * 60),
             token=token,
             allowed_origins=options.allow_origin,

@@ -10,6 +10,7 @@ from moshi.models import loaders
 from hf_csm.errors import UserError
 from hf_csm.models.family import TokenNLL
 from hf_csm.models.moshi.checkpoint import base_urls, codec_sha256, find_checkpoint, load_mimi, load_tokenizer
+from hf_csm.models.moshi.engine import open_engine
 from hf_csm.models.moshi.lora import adapter_parameters, add_lora
 from hf_csm.models.moshi.model import load_moshi, masked_nll
 from tests.doubles.hub import LocalHub
@@ -426,3 +427,25 @@ def test_the_folder_of_a_run_is_refused_with_a_checkpoint_of_it(training_checkpo
 def test_a_local_folder_has_no_revision(tiny_moshi):
     with pytest.raises(UserError, match="no revision 'v1'"):
         find_checkpoint(str(tiny_moshi), "v1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lm_gen_config": 3},
+        {"lm_gen_config": {"temp": "hot"}},
+        {"mimi_config_name": "config.json"},
+        {"dim": 0},
+        {"dim": 65},
+        {"num_heads": 3},
+    ],
+)
+def test_an_odd_config_is_an_error_of_two_lines(tiny_moshi, tmp_path, change):
+    folder = tmp_path / "odd"
+    shutil.copytree(tiny_moshi, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError) as error:
+        open_engine(find_checkpoint(str(folder)))
+    assert "odd" in error.value.problem and "\n" not in error.value.problem + error.value.remedy
+    assert not error.value.problem.endswith(": ")

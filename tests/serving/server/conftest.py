@@ -87,7 +87,7 @@ class FakeModel:
 
     def __init__(self, num_slots=1, choices=CHOICES, **options):
         self.engine = FakeEngine(num_slots, **options)
-        self.resolved = ResolvedModels(None, "tiny", (), choices)
+        self.resolved = ResolvedModels(SimpleNamespace(name="moshi"), None, "tiny", (), choices)
         self.choices, self.emotions, self.choose = list(choices), self.resolved.emotions, self.resolved.choose
 
     def steer(self, slot, choice, emotion, strength=1.0):
