@@ -94,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="hf-csm",
-        description="Teach Moshi to speak with emotion. Train with: accelerate launch recipes/train.py --config YAML",
+        description="Fine-tune Moshi on emotional speech with LoRA, and serve the result. "
+        "Train with: accelerate launch recipes/train.py --config YAML",
     )
     parser.add_argument("--version", action="version", version=f"hf-csm {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

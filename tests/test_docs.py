@@ -194,7 +194,8 @@ def test_documented_paths_codes_and_limits_are_those_of_the_server():
     assert {int(code) for code in re.findall(r"\b1\d{3}\b", codes)} == {WSCloseCode[name] for name in names}
     limits = Limits()
     for sentence in (
-        f"{limits.max_message_bytes // 1024} KB per message and {limits.max_control_bytes:,} characters per JSON",
+        f"{limits.max_message_bytes // 1024} KB per message",
+        f"JSON message of more than {limits.max_control_bytes:,} characters",
         f"{limits.messages_per_s:g} messages per second without audio ({limits.messages_burst:,} in a burst)",
         f"{limits.max_backlog_s:g} s of received audio",
         f"{limits.max_unsent_s:g} s of sent audio",

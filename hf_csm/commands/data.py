@@ -14,7 +14,7 @@ from hf_csm.errors import UserError
 
 SHARED_OPTIONS = ("corpus", "raw", "out", "num_workers", "align_model", "prosody", "overwrite", "progress", "name")
 """Names that are reserved: no corpus may have an option of this name."""
-CORPUS_OPTIONS = """options of single corpora:
+CORPUS_OPTIONS = """corpus-specific options:
   ravdess       --subsets speech song
   esd           --languages en zh
   msp_podcast   --test-sets Test1 Test2 Test3   --keep-unknown-speakers   --allow-missing-text
@@ -30,9 +30,11 @@ def add_data_commands(add_command: Callable[..., argparse.ArgumentParser]) -> No
         takes_more=True,
         epilog=CORPUS_OPTIONS,
     )
-    prepare.add_argument("corpus", help=f"{', '.join(corpus_names())} (csv_manifest is for your own)")
+    prepare.add_argument("corpus", help=f"{', '.join(corpus_names())} (csv_manifest: your own files)")
     prepare.add_argument(
-        "--raw", nargs="+", help="folder, zip files or URLs of the raw corpus (default: download it, if it can be)"
+        "--raw",
+        nargs="+",
+        help="folder, zip files or URLs of the raw corpus (default: download it, if its license allows)",
     )
     prepare.add_argument("--out", type=Path, required=True, help="folder to write")
     prepare.add_argument("--num-workers", type=int, help="number of processes (default: one per core)")
@@ -45,7 +47,7 @@ def add_data_commands(add_command: Callable[..., argparse.ArgumentParser]) -> No
     encode = add_command(
         "encode", _encode, "Compose conversations from utterances and encode them with the codec of the base model."
     )
-    encode.add_argument("prepared", help="folder or Hub id of a prepared corpus, or a JSONL manifest of stereo WAVs")
+    encode.add_argument("prepared", help="folder or Hub id of a prepared table, or a JSONL manifest of stereo WAVs")
     encode.add_argument("--out", type=Path, required=True, help="folder to write")
     encode.add_argument("--base-model", required=True, help="Hub id or folder of the base model")
     encode.add_argument("--revision", help="branch, tag or commit of the base model")
@@ -68,7 +70,7 @@ def add_data_commands(add_command: Callable[..., argparse.ArgumentParser]) -> No
     plan = add_command(
         "plan",
         _plan,
-        "Print what a run needs and which tables are missing, as shell assignments.",
+        "Print what a run needs and which tables are missing, as shell variable assignments.",
         takes_more=True,
         epilog="Training options can follow: --run_dir DIR",
     )
@@ -79,7 +81,7 @@ def add_data_commands(add_command: Callable[..., argparse.ArgumentParser]) -> No
         _export_manifest,
         "Write conversations in the format of moshi-finetune: WAV, JSON and JSONL.",
     )
-    manifest.add_argument("prepared", help="folder or Hub id of a prepared corpus")
+    manifest.add_argument("prepared", help="folder or Hub id of a prepared table")
     manifest.add_argument("--out", type=Path, required=True, help="folder to write")
     _add_composition(manifest)
 

@@ -59,8 +59,8 @@ def add_model_commands(add_command: Callable[..., argparse.ArgumentParser]) -> N
     reply = add_command(
         "reply",
         _reply,
-        "Answer a recorded question with an emotion and write an audio file, which starts with one second of silence "
-        "and the duration of the question.",
+        "Answer a recorded question with an emotion and write Moshi's channel to an audio file. The answer follows a "
+        "lead-in of at least one second and the length of the question.",
     )
     reply.add_argument("question", type=Path, help="audio file of any sample rate and number of channels")
     _add_speaking(reply)
@@ -88,7 +88,7 @@ def _add_speaking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--emotion", help="an emotion that the model supports (default: none)")
     parser.add_argument(
         "--model", nargs="+", metavar="[NAME=]REPO_OR_FOLDER",
-        help=f"adapters of one base, or a whole model (default: $HF_CSM_MODEL, else {DEFAULT_BASE})",
+        help=f"adapters of one base, or one base or merged model (default: $HF_CSM_MODEL, else {DEFAULT_BASE})",
     )  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of the model's repository (default: main)")
     parser.add_argument("--voice", help="name of the adapter, or base (default: the first that supports the emotion)")

@@ -78,7 +78,7 @@ class Window:
 
 @dataclass(frozen=True)
 class TokenNLL:
-    """Negative log likelihood of each token.
+    """Negative log-likelihood of each token.
 
     Attributes:
         nll: `[B, K, T]`, nats, float32; 0 where `mask` is false.

@@ -220,7 +220,7 @@ def _eval_results(facts: CardFacts) -> list[Any]:
             dataset_name=f"{' '.join(titles.split())}, validation split",
             dataset_split="validation",
             metric_type="loss",
-            metric_name=f"Negative log likelihood in nats, {name}",
+            metric_name=f"Negative log-likelihood in nats, {name}",
             metric_value=round(facts.evaluation[f"eval_{key}"], 6),
         )
         for key, name in LOSSES.items()

@@ -27,7 +27,7 @@ def evaluate_loss(
     accelerator: Accelerator,
     prefix: str,
 ) -> dict[str, float]:
-    """Return the weighted loss and the mean negative log likelihood of each stream, in nats.
+    """Return the weighted loss and the mean negative log-likelihood of each stream, in nats.
 
     The sums run over all windows of all processes, and are divided once.
 

@@ -53,7 +53,7 @@ class StepResult:
     """Measurements of an optimizer step, over all micro-batches and processes.
 
     Attributes:
-        loss: weighted mean negative log likelihood, nats.
+        loss: weighted mean negative log-likelihood, nats.
         streams: mean of each of `Family.stream_names`, nats.
         grad_norm: before clipping.
         num_frames: frames with tokens, padding excluded.

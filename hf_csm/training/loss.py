@@ -20,7 +20,7 @@ def token_weights(masks: torch.Tensor, stream_weights: Sequence[float]) -> torch
 
 
 def weighted_sum(output: TokenNLL, weights: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum of the negative log likelihoods, a scalar, to be divided by the sum of all weights.
+    """Return the weighted sum of the negative log-likelihoods, a scalar, to be divided by the sum of all weights.
 
     Divide by the weights of the whole optimizer step, over its micro-batches and processes: dividing each micro-batch
     by its own would give a short, mostly padded window the same weight as a full one.
@@ -31,7 +31,7 @@ def weighted_sum(output: TokenNLL, weights: torch.Tensor) -> torch.Tensor:
 
 
 def stream_sums(output: TokenNLL, masks: torch.Tensor) -> torch.Tensor:
-    """Return `[2, G]`: the sum of negative log likelihoods and the number of targets of each stream in `masks`."""
+    """Return `[2, G]`: the sum of negative log-likelihoods and the number of targets of each stream in `masks`."""
     nll = output.nll.detach()
     sums = torch.stack([(nll * mask).sum() for mask in masks])
     return torch.stack([sums, masks.sum(dim=(1, 2, 3)).to(sums)])

@@ -164,10 +164,10 @@ def build_app(environment: Mapping[str, str] = os.environ) -> gradio.Blocks:
             gr.Markdown(f"**{error.problem}**\n\n{error.remedy}")
             return app
         gr.Markdown(
-            f"`{' '.join(demo.names)}`, an adapter of `{demo.model.base_name}`. Ask a question and choose the emotion "
-            "of the answer, or let Moshi speak a text. The speech is synthetic."
-            if demo.has_base
-            else f"`{' '.join(demo.names)}`. Ask a question and choose the emotion of the answer."
+            f"`{' '.join(demo.names)}`"
+            + (f", base model `{demo.model.base_name}`" if demo.has_base else "")
+            + ". Ask a question and choose the emotion of the answer, or enter a text to be spoken. "
+            "The speech is synthetic."
         )
         with gr.Tab("Ask"):
             question = gr.Audio(sources=["microphone", "upload"], type="filepath", label="Your question")

@@ -33,7 +33,7 @@ class MoshiLM(SpeechLM):
         self.layout = layout_of(lm)
 
     def forward(self, codes: torch.Tensor) -> TokenNLL:
-        """Return the negative log likelihood of each token that Moshi predicts, given all tokens before it.
+        """Return the negative log-likelihood of each token that Moshi predicts, given all tokens before it.
 
         A token is predicted from the earlier frames, and within its frame from text and then the codebooks in order,
         each stream shifted by its delay. A stream's last `delay` frames are not scored: end windows with
@@ -67,7 +67,7 @@ class MoshiLM(SpeechLM):
 
 
 def masked_nll(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the negative log likelihood of `targets`, `[B, K, T]` in float32, 0 where `mask` is false.
+    """Return the negative log-likelihood of `targets`, `[B, K, T]` in float32, 0 where `mask` is false.
 
     Logits outside the mask may be NaN (moshi fills in NaN where a delay leaves no context): values
     and gradients of the other tokens are not affected.
