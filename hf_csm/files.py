@@ -96,7 +96,9 @@ def replaced_folder(folder: Path, ours: Collection[str], mark: str) -> Iterator[
         other = "a file" if folder.exists() else None
     if other is not None:
         raise UserError(f"{folder}: is not an export, or has {other} in it.", "Give a new or an empty folder.")
-    beside = folder.parent / f".{folder.name}.partial"
+    beside = folder.parent / f".{folder.name}.export"  # not `.partial`, the staging folder of a table
+    if beside.is_symlink():
+        raise UserError(f"{beside} is a link, so it is not used.", "Remove it and export again.")
     beside.mkdir(parents=True, exist_ok=True)
     lock = FileLock(beside / "lock")
     try:

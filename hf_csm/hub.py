@@ -83,7 +83,7 @@ def find_table(name: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{prefix}the Hub dataset is not a table of hf-csm.", "Name one that `hf-csm push-dataset` made."
         ) from error
-    if not is_whole(found):  # offline, the client returns what an interrupted download has left
+    if not is_whole(found):  # offline, the client also returns an interrupted download
         raise UserError(
             f"{prefix}the cache has only a part of the Hub dataset.",
             "Run again with network and without HF_HUB_OFFLINE.",

@@ -1,1 +1,1 @@
-"""What all stages share: row schemas, labels, audio, text, and the table."""
+"""Shared by all stages: row schemas, labels, audio, text, and the table."""

@@ -231,7 +231,7 @@ class Dialogues:
 
     Attributes:
         segments: windows of all recordings, in order.
-        noted: counts of what was left out or differs from the manifest.
+        noted: counts of dropped words and recordings, and of differences from the manifest.
         sha256: hash of the manifest, the alignments, and the sizes and some of the bytes of the audio files.
     """
 

@@ -1,4 +1,4 @@
-"""What an encode or an export of conversations reports."""
+"""The report of an encode or an export of conversations."""
 
 from __future__ import annotations
 

@@ -135,8 +135,6 @@ def count_windows(corpora: Sequence[CorpusTerms], table: WindowTable) -> list[Co
 
 def with_earlier(corpora: Sequence[CorpusTerms], run_dir: Path) -> list[CorpusTerms]:
     """Add the corpora that the run in `run_dir` has trained on so far, for a run that resumes from it."""
-    if not (run_dir / CORPORA_NAME).is_file():
-        return list(corpora)
     names = {(terms.corpus, terms.replay) for terms in corpora}
     return [*corpora, *(terms for terms in read_corpora(run_dir) if (terms.corpus, terms.replay) not in names)]
 
@@ -147,12 +145,16 @@ def write_corpora(corpora: Sequence[CorpusTerms], folder: Path) -> None:
 
 
 def read_corpora(folder: Path) -> list[CorpusTerms]:
-    """Read `corpora.json`. For corpora with a builder, the builder's terms override the file, which may be edited.
+    """Read `corpora.json`; empty if there is none, as in older runs.
+
+    For corpora with a builder, the builder's terms override the file, which may be edited.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: it is damaged.
     """
     path = folder / CORPORA_NAME
+    if not path.exists():
+        return []
     known = {option.name for option in fields(CorpusTerms)}
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hf_csm.models.family import Family
 
 FAMILIES = {"moshi": "hf_csm.models.moshi:MOSHI"}
-"""Where the record of a family is, by `model_type` of config.json; importing it is slow."""
+"""Import path of the record of each family, by `model_type` of config.json; importing one is slow."""
 DEFAULT_FAMILY = "moshi"
 """Repositories with Moshi's architecture may have no config.json, or another `model_type` in it."""
 

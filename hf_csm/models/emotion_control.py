@@ -19,7 +19,7 @@ from hf_csm.data.labels import EMOTIONS, UNLABELLED
 from hf_csm.errors import UserError
 from hf_csm.files import write_text_atomic
 from hf_csm.hub import EMOTIONS_NAME
-from hf_csm.mixture.provenance import CORPORA_NAME, read_corpora
+from hf_csm.mixture.provenance import read_corpora
 
 
 RUN_CONFIG_NAME = "config.yaml"
@@ -106,8 +106,8 @@ def _of_run(checkpoint: Path) -> EmotionControl:
             f"{path} is damaged: {' '.join(str(error).split())[:200]}", "Copy it again from the machine of the run."
         ) from error
     trained = set(filtered or ())
-    if (run_dir / CORPORA_NAME).is_file():  # older runs have none
-        trained = {emotion for corpus in read_corpora(run_dir) for emotion in corpus.emotions}
+    if corpora := read_corpora(run_dir):
+        trained = {emotion for corpus in corpora for emotion in corpus.emotions}
     emotions = tuple(name for name in EMOTIONS if name in trained and name not in NO_EMOTIONS)
     if control == "none" and len(trained) != 1:  # several emotions, and nothing selects one
         emotions = ()

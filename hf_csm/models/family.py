@@ -1,4 +1,4 @@
-"""What a model family provides: a record of functions, and the types that they share.
+"""The interface of a model family: a record of functions, and the types that they share.
 
 `hf_csm.models.get_family` returns the record of a checkpoint. Training, encode, publish, evaluation and serving call
 its functions and import no family.

@@ -147,7 +147,7 @@ class CorpusBuilder(datasets.ArrowBasedBuilder):
         return list_members(paths)
 
     def shards(self) -> tuple[list[Shard], Tally]:
-        """List the raw corpus by split, speaker and id; also return what was left out.
+        """List the raw corpus by split, speaker and id; also return the tally of dropped files.
 
         Raises:
             UserError: a source is missing or damaged, holds another corpus or nothing of this one, has an unknown

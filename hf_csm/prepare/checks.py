@@ -32,7 +32,7 @@ def list_clips(
         title: of the corpus, for messages.
 
     Returns:
-        the shards, none if there are no clips, and what was left out.
+        the shards, none if there are no clips, and the tally of dropped files.
 
     Raises:
         UserError: an unknown label, too many faults, or a speaker or sentence in two splits.

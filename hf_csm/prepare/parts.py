@@ -53,7 +53,7 @@ class Part:
 
 @dataclass
 class GroupCounts:
-    """What the table holds of one (split, emotion)."""
+    """Counts of one (split, emotion) of the table."""
 
     num_clips: int = 0
     duration_s: float = 0.0

@@ -1,4 +1,4 @@
-"""What a builder returns about its files before any audio is read: utterances and skipped files."""
+"""Metadata of the files of a corpus before any audio is read: utterances and skipped files."""
 
 from __future__ import annotations
 

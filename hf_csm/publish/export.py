@@ -15,7 +15,7 @@ import torch
 from hf_csm.errors import UserError
 from hf_csm.files import read_json, replaced_folder, write_text_atomic
 from hf_csm.hub import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, EMOTIONS_NAME
-from hf_csm.mixture.provenance import CORPORA_NAME, read_corpora
+from hf_csm.mixture.provenance import read_corpora
 from hf_csm.models import get_family
 from hf_csm.models.emotion_control import read_emotion_control, write_emotion_control
 from hf_csm.models.family import Checkpoint, Family
@@ -57,8 +57,7 @@ def export_checkpoint(
     ours = {*family.adapter_files, *family.merged_files, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMOTIONS_NAME}
     with replaced_folder(out, {*ours, *RUN_FILES, SAMPLES_NAME, "README.md"}, EMOTIONS_NAME) as beside:
         base = write_verified(family, trained, beside, merged=merged, device=device, dtype=dtype)
-        run_dir = run_folder(trained.folder)
-        corpora = read_corpora(run_dir) if (run_dir / CORPORA_NAME).is_file() else []  # older runs have none
+        corpora = read_corpora(run_folder(trained.folder))
         base_model = None if base.is_local else base.name_or_path
         copy_run_files(trained.folder, beside, corpora=corpora, base_model=base_model)
     return out

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from hf_csm.errors import UserError
 from hf_csm.hub import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, EMOTIONS_NAME, hub_errors
-from hf_csm.mixture.provenance import CORPORA_NAME, CorpusTerms, read_corpora
+from hf_csm.mixture.provenance import read_corpora
 from hf_csm.models import get_family
 from hf_csm.models.emotion_control import read_emotion_control
 from hf_csm.models.family import Family
@@ -78,12 +78,10 @@ def push_model(
     trained = find_trained(checkpoint, checkpoint_revision)
     is_merged = merged or trained.adapter is None
     api = log_in(repo_id, "ann/moshiko-happy")
-    corpora = with_stated(_read_terms(run_folder(trained.folder)), stated or {})
+    corpora = with_stated(read_corpora(run_folder(trained.folder)), stated or {})
     # The configuration of a merged model names the files of its base that it needs.
     named, named_revision = (trained.base, trained.base_revision) if trained.adapter else (str(trained.folder), None)
     family = get_family(named, named_revision)
-    if trained.adapter is None:
-        _check_merged(family, checkpoint, checkpoint_revision, trained.folder)
     weights, others = family.base_urls(named, named_revision)
     base = resolve_base(
         api,
@@ -97,6 +95,8 @@ def push_model(
     terms = base_terms(base.repo_id, base.license)
     check_licenses(corpora, repo_id, private=private, cleared=cleared, base=terms)
     check_card_values(corpora, repo_id)
+    if trained.adapter is None:  # last, because it reads all weights
+        _check_merged(family, checkpoint, checkpoint_revision, trained.folder)
     target = Target(repo_id, "model", file_patterns(family), private, revision)
     with hub_errors(f"{repo_id}: "):
         present = open_repository(api, target, partial(check_same_model, repo_id, base.repo_id, is_merged, family))
@@ -131,11 +131,6 @@ def file_patterns(family: Family) -> tuple[str, ...]:
     adapter = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, *family.adapter_files)
     beside = (CARD_NAME, LICENSE_FILE, EMOTIONS_NAME, *RUN_FILES, f"{SAMPLES_NAME}/*.wav")
     return (*adapter, *family.merged_files, *beside)
-
-
-def _read_terms(run: Path) -> list[CorpusTerms]:
-    """Return the corpora that a run was trained on; empty for older runs, which did not record them."""
-    return read_corpora(run) if (run / CORPORA_NAME).is_file() else []
 
 
 def check_same_model(

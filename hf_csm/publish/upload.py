@@ -28,7 +28,7 @@ CheckContents = Callable[["HfApi", "str | None", "set[str]"], None]
 
 @dataclass(frozen=True)
 class Target:
-    """Where a push goes.
+    """The target of a push.
 
     Attributes:
         repo_id: `user/name`.

@@ -60,13 +60,27 @@ def test_files_of_the_names_of_an_export_are_not_replaced(checkpoint_dir, tmp_pa
 def test_an_export_replaces_an_older_one_behind_a_link_and_the_leftovers_of_a_killed_one(checkpoint_dir, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    (tmp_path / ".real.partial" / "samples").mkdir(parents=True)
-    (tmp_path / ".real.partial" / "lora.safetensors").write_text("half")
+    (tmp_path / ".real.export" / "samples").mkdir(parents=True)
+    (tmp_path / ".real.export" / "lora.safetensors").write_text("half")
     for _ in range(2):
         export_checkpoint(checkpoint_dir, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "lora.safetensors").stat().st_size > 1000
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert "lock" not in {path.name for path in (tmp_path / "real").iterdir()}
+
+
+def test_an_export_leaves_the_parts_of_an_interrupted_table_and_the_target_of_a_link_alone(checkpoint_dir, tmp_path):
+    part = tmp_path / ".out.partial" / "parts" / "a.arrow"
+    part.parent.mkdir(parents=True)
+    part.write_text("hours of work")
+    export_checkpoint(checkpoint_dir, tmp_path / "out")
+    assert part.read_text() == "hours of work"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / ".other.export").symlink_to("mine")
+    with pytest.raises(UserError, match="is a link"):
+        export_checkpoint(checkpoint_dir, tmp_path / "other")
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from hf_csm.models.moshi.lora import load_adapter, read_adapter
 from hf_csm.models.moshi.model import load_moshi
 from hf_csm.publish.export import export_checkpoint
 from hf_csm.publish.push_model import push_model, staging_folder
+from hf_csm.serving.loaded import load_model
 from tests.doubles.hub import puts, remote_files, remote_json, remote_oids, snapshot
 
 
@@ -303,6 +304,30 @@ def test_a_merged_model_that_changed_after_its_export_is_refused(hub, base_on_hu
     with pytest.raises(UserError, match="not the one that was verified") as error:
         push_model(export, "user/happy")
     assert "--merged" in error.value.remedy and not HfApi().repo_exists("user/happy")
+
+
+def test_a_merged_model_that_may_not_be_published_is_refused_before_its_weights_are_read(
+    hub, base_on_hub, run, tmp_path
+):
+    export = export_checkpoint(run / "best", tmp_path / "export", merged=True)
+    write_corpora([ESD], export)
+    (export / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="trained on ESD"):
+        push_model(export, "user/happy")
+
+
+def test_a_merged_model_is_served_from_its_branch_although_the_main_branch_is_damaged(hub, base_on_hub, run):
+    push_model(run / "best", "user/happy", merged=True, revision="v1")
+    api = HfApi()
+    api.upload_file(path_or_fileobj=b"{", path_in_repo="config.json", repo_id="user/happy")
+    model = load_model(["user/happy"], revision="v1", device="cpu")
+    assert model.emotions == ["happy"]
+    model.close()
+
+
+def test_an_empty_base_model_is_named(hub, base_on_hub, local_run):
+    with pytest.raises(UserError, match="--base-model is empty"):
+        push_model(local_run / "best", "user/happy", base_model="")
 
 
 def test_the_adapter_folder_of_a_checkpoint_is_pushed_with_the_files_of_its_run(hub, base_on_hub, run):

@@ -402,3 +402,8 @@ def test_emotion_requires_a_model(tmp_path, capsys, monkeypatch):
     problem, remedy = capsys.readouterr().err.splitlines()
     assert "No model was given" in problem
     assert "--model REPO_OR_FOLDER" in remedy
+
+
+def test_a_text_that_is_not_utf_8_is_named(model):
+    with pytest.raises(UserError, match="not UTF-8"):
+        say(model, "hi\udcff")

@@ -102,7 +102,7 @@ class Pong:
 
 
 Message = Handshake | Event | Pong | Frame
-"""What the server sends; a `Frame` becomes an audio and perhaps a text message."""
+"""A message of the server; a `Frame` becomes an audio message and, if it has text, a text message."""
 
 
 class Framer:
