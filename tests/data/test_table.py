@@ -1,6 +1,7 @@
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hf_csm.data.schema import UTTERANCE_FEATURES, WINDOW_FEATURES
@@ -81,8 +82,12 @@ def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path):
 def test_damage_within_a_parquet_file_is_an_error_that_names_it(tmp_path):
     path = write_rows(tmp_path / "a.parquet", [window(index) for index in range(40)])
     content = bytearray(path.read_bytes())
-    content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    metadata = pq.read_metadata(path)
+    for column in range(metadata.num_columns):
+        start = metadata.row_group(0).column(column).data_page_offset
+        content[start : start + 20] = bytes(20)
     path.write_bytes(content)
+    assert len(ParquetRows([path])) == 40  # the footer is whole
     with pytest.raises(UserError, match=r"a\.parquet"):
         [ParquetRows([path]).row(0, row) for row in range(40)]
     with pytest.raises(UserError, match=r"a\.parquet"):
